@@ -1,0 +1,832 @@
+"""Every rule qnpu can report, in code order.
+
+Families: QN1xx input graph and files, QN3xx calibration and encodings, QN5xx bit plan, target and
+configuration, QN9xx output and internal. A name states the fault, never the fix. The docstring of a
+rule is its manual page (``qnpu-check --explain CODE``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qnpu.compiler.diagnostics import Rule, Severity
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicDimension(Rule):
+    """What it checks
+        Every dimension of every graph input is a number once shapes are frozen.
+
+    Why it matters
+        An NPU compiles one fixed shape; a scale measured at one length says nothing of another.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }
+        ```
+
+    How to fix
+        Bind the name: ``--freeze-dim N=128``.
+    """
+
+    code: ClassVar[str] = "QN101"
+    name: ClassVar[str] = "dynamic-dimension"
+    dimension: str
+    value: str
+
+    def message(self) -> str:
+        return f"dimension `{self.dimension}` of `{self.value}` is not static"
+
+    def help(self) -> str:
+        return f"pass --freeze-dim {self.dimension}=<size>"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingFile(Rule):
+    """What it checks
+        A file named on the command line, or by the configuration, exists and can be read.
+
+    Why it matters
+        Nothing can be compiled from it.
+
+    Example
+        ```console
+        qnpu-compile no-such-model.onnx
+        ```
+
+    How to fix
+        Check the path and its permissions.
+    """
+
+    code: ClassVar[str] = "QN102"
+    name: ClassVar[str] = "missing-file"
+    path: str
+
+    def message(self) -> str:
+        return f"`{self.path}` does not exist or cannot be read"
+
+    def help(self) -> str:
+        return "check the path and its permissions"
+
+
+@dataclass(frozen=True, slots=True)
+class NotOnnx(Rule):
+    """What it checks
+        The model file parses as an ONNX protobuf with a graph.
+
+    Why it matters
+        A download cut short, a Git LFS pointer or another format cannot be compiled.
+
+    Example
+        ```console
+        head -c 1000 model.onnx > cut.onnx && qnpu-compile cut.onnx
+        ```
+
+    How to fix
+        Fetch or export the file again; ``onnx.checker.check_model(path)`` must pass.
+    """
+
+    code: ClassVar[str] = "QN103"
+    name: ClassVar[str] = "not-onnx"
+    reason: str
+
+    def message(self) -> str:
+        return f"not a complete ONNX model: {self.reason}"
+
+    def help(self) -> str:
+        return "fetch or export the file again; it may be cut short or in another format"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingExternalData(Rule):
+    """What it checks
+        Each external weight file exists beside the model and is long enough.
+
+    Why it matters
+        Large models keep weights in a second file, which is easily left behind in a copy.
+
+    Example
+        ```console
+        cp model.onnx elsewhere/ && qnpu-compile elsewhere/model.onnx
+        ```
+
+    How to fix
+        Copy the data file next to the model.
+    """
+
+    code: ClassVar[str] = "QN104"
+    name: ClassVar[str] = "missing-external-data"
+    path: str
+    reason: str
+
+    def message(self) -> str:
+        return f"external data `{self.path}` {self.reason}"
+
+    def help(self) -> str:
+        return "copy the whole data file next to the model, under the name the model expects"
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalDataOutsideFolder(Rule):
+    """What it checks
+        External data stays inside the model's own folder, links resolved.
+
+    Why it matters
+        A model from elsewhere could otherwise read any file of yours.
+
+    Example
+        ```console
+        qnpu-compile evil.onnx    # an initializer whose location is ../../secret
+        ```
+
+    How to fix
+        Move the data file into the model's folder and re-save the model.
+    """
+
+    code: ClassVar[str] = "QN105"
+    name: ClassVar[str] = "external-data-outside-folder"
+    path: str
+
+    def message(self) -> str:
+        return f"external data `{self.path}` lies outside the model's folder"
+
+    def help(self) -> str:
+        return "move the data file into the model's folder and save the model again"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownOperator(Rule):
+    """What it checks
+        Each node's operator is one qnpu knows how to run and quantize.
+
+    Why it matters
+        An operator without a known meaning has no encoding rule; guessing would be silent error.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23, "acme" : 1]>
+        g (float[1, 4] x) => (float[1, 4] y) { y = acme.Mystery(x) }
+        ```
+
+    How to fix
+        Export with standard ONNX operators, or give the operator as a model-local function.
+    """
+
+    code: ClassVar[str] = "QN106"
+    name: ClassVar[str] = "unknown-operator"
+    operator: str
+
+    def message(self) -> str:
+        return f"operator `{self.operator}` is not known"
+
+    def help(self) -> str:
+        return "export with standard ONNX operators or add it as a model-local function"
+
+
+@dataclass(frozen=True, slots=True)
+class NonFiniteWeight(Rule):
+    """What it checks
+        No weight holds NaN or infinity, once attention masks are made finite.
+
+    Why it matters
+        One such element makes the scale of its whole channel infinite.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[1, 1] x) => (float[1, 1] y)
+        <float[1, 1] w = {inf}>
+        { y = MatMul(x, w) }
+        ```
+
+    How to fix
+        Repair the weight; an overflow in a float16 conversion is the usual cause.
+    """
+
+    code: ClassVar[str] = "QN107"
+    name: ClassVar[str] = "non-finite-weight"
+    count: int
+
+    def message(self) -> str:
+        return f"{self.count} elements are NaN or infinite"
+
+    def help(self) -> str:
+        return "repair the weight; a float16 overflow during export is the usual cause"
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedFloatType(Rule):
+    """What it checks
+        Float tensors are float32.
+
+    Why it matters
+        The float graph is the reference that quantized results are compared with; half precision
+        would add an error of its own, and ONNX Runtime lacks many float16 kernels on CPU.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float16[1, 4] x) => (float16[1, 4] y) { y = Relu(x) }
+        ```
+
+    How to fix
+        Export the model in float32.
+    """
+
+    code: ClassVar[str] = "QN108"
+    name: ClassVar[str] = "unsupported-float-type"
+    dtype: str
+
+    def message(self) -> str:
+        return f"tensor is {self.dtype}, only float32 graphs are compiled"
+
+    def help(self) -> str:
+        return "export the model in float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlFlow(Rule):
+    """What it checks
+        No If, Loop or Scan is left after constants are folded.
+
+    Why it matters
+        An NPU graph is a straight line of operators.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (bool c, float[1, 4] x) => (float[1, 4] y) {
+            y = If (c) <then_branch = t () => (float[1, 4] a) { a = Relu(x) },
+                        else_branch = e () => (float[1, 4] b) { b = Neg(x) }>
+        }
+        ```
+
+    How to fix
+        Export with static shapes, so that the branch is decided at export time.
+    """
+
+    code: ClassVar[str] = "QN109"
+    name: ClassVar[str] = "control-flow"
+    operator: str
+
+    def message(self) -> str:
+        return f"`{self.operator}` depends on run-time data"
+
+    def help(self) -> str:
+        return "export with static shapes so that the branch is decided at export time"
+
+
+@dataclass(frozen=True, slots=True)
+class InputBound(Rule):
+    """What it checks
+        Reports an input that was replaced by a constant while freezing shapes.
+
+    Why it matters
+        The compiled file no longer takes that input; callers must know.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[1, 4] attention_mask, float[1, 4] x) => (float[1, 4] y) {
+            m = Cast<to = 1>(attention_mask)
+            y = Mul(x, m)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong; ``--keep-input NAME`` keeps the input.
+    """
+
+    code: ClassVar[str] = "QN110"
+    name: ClassVar[str] = "input-bound"
+    severity: ClassVar[Severity] = Severity.NOTE
+    value: str
+    content: str
+
+    def message(self) -> str:
+        return f"input `{self.value}` is now the constant {self.content}"
+
+    def help(self) -> str:
+        return f"pass --keep-input {self.value} to keep it"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskReplaced(Rule):
+    """What it checks
+        Reports an attention mask constant that was replaced by a small one.
+
+    Why it matters
+        A mask of -65504 or -inf would take the whole range of the score tensor, and every real
+        score would fall on one code.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[1, 2] x) => (float[1, 2] y)
+        <float[1, 2] mask = {0.0, -65504.0}>
+        { s = Add(x, mask)  y = Softmax(s) }
+        ```
+
+    How to fix
+        Nothing is wrong; ``--mask-value`` sets another constant.
+    """
+
+    code: ClassVar[str] = "QN111"
+    name: ClassVar[str] = "mask-replaced"
+    severity: ClassVar[Severity] = Severity.NOTE
+    old: float
+    new: float
+
+    def message(self) -> str:
+        return f"attention mask constant {self.old:g} replaced by {self.new:g}"
+
+    def help(self) -> str:
+        return "pass --mask-value to choose another constant"
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedOpset(Rule):
+    """What it checks
+        The default-domain opset can be read by onnx and raised to the one qnpu writes.
+
+    Why it matters
+        16-bit and 4-bit QuantizeLinear need opset 21, RMSNormalization opset 23.
+
+    Example
+        ```onnx
+        <ir_version: 3, opset_import: ["" : 6]>
+        g (float[1, 4] x) => (float[1, 4] y) { y = Relu(x) }
+        ```
+
+    How to fix
+        Export the model again at opset 13 or later.
+    """
+
+    code: ClassVar[str] = "QN112"
+    name: ClassVar[str] = "unsupported-opset"
+    version: int
+    reason: str
+
+    def message(self) -> str:
+        return f"opset {self.version} cannot be raised: {self.reason}"
+
+    def help(self) -> str:
+        return "export the model again at opset 13 or later"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownModel(Rule):
+    """What it checks
+        The model argument is an .onnx or .gguf file, a Hugging Face folder or id, or a built-in.
+
+    Why it matters
+        Nothing can be loaded from it.
+
+    Example
+        ```console
+        qnpu-compile smollm3
+        ```
+
+    How to fix
+        Use a path, a Hugging Face id, or one of the built-in names in ``--help``.
+    """
+
+    code: ClassVar[str] = "QN113"
+    name: ClassVar[str] = "unknown-model"
+    model: str
+    reason: str
+
+    def message(self) -> str:
+        return f"cannot load `{self.model}`: {self.reason}"
+
+    def help(self) -> str:
+        return "give an .onnx or .gguf file, a Hugging Face folder or id, or a built-in name"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingPackage(Rule):
+    """What it checks
+        The Python package that a chosen input needs is installed.
+
+    Why it matters
+        Exporters are an optional extra; an ONNX file needs none of them.
+
+    Example
+        ```console
+        qnpu-export smollm2-135m    # without qnpu[export]
+        ```
+
+    How to fix
+        Install the extra or package that the message names.
+    """
+
+    code: ClassVar[str] = "QN114"
+    name: ClassVar[str] = "missing-package"
+    package: str
+    install: str
+
+    def message(self) -> str:
+        return f"package `{self.package}` is not installed"
+
+    def help(self) -> str:
+        return f"run: pip install {self.install}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFailed(Rule):
+    """What it checks
+        The exporter turned the torch model into ONNX.
+
+    Why it matters
+        Nothing can be compiled without it.
+
+    Example
+        ```console
+        qnpu-export org/model-with-custom-cuda-code
+        ```
+
+    How to fix
+        Try the other exporter (``--exporter optimum``), or export by hand.
+    """
+
+    code: ClassVar[str] = "QN115"
+    name: ClassVar[str] = "export-failed"
+    exporter: str
+    reason: str
+
+    def message(self) -> str:
+        return f"{self.exporter} could not export the model: {self.reason}"
+
+    def help(self) -> str:
+        return "try the other exporter (--exporter dynamo|optimum) or pass an .onnx file"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphDoesNotRun(Rule):
+    """What it checks
+        ONNX Runtime opens and runs the float graph.
+
+    Why it matters
+        What does not run cannot be calibrated, nor compared with its quantized form.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[1, 4] x) => (float[1, 3] y)
+        <float[5, 3] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}>
+        { y = MatMul(x, w) }
+        ```
+
+    How to fix
+        Check the model with ``onnx.checker.check_model(path, full_check=True)``.
+    """
+
+    code: ClassVar[str] = "QN116"
+    name: ClassVar[str] = "graph-does-not-run"
+    reason: str
+
+    def message(self) -> str:
+        return f"ONNX Runtime refuses the graph: {self.reason}"
+
+    def help(self) -> str:
+        return "check it with onnx.checker.check_model(path, full_check=True)"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationMismatch(Rule):
+    """What it checks
+        Calibration arrays have the names, shapes and types of the graph's inputs.
+
+    Why it matters
+        Ranges measured on the wrong tensor are worse than none.
+
+    Example
+        ```console
+        qnpu-compile cnn.onnx --calib wrong.npz    # x is (8, 1, 28), the graph takes (1, 1, 28, 28)
+        ```
+
+    How to fix
+        Save one array per input with a leading sample axis: ``np.savez(path, x=array)``.
+    """
+
+    code: ClassVar[str] = "QN301"
+    name: ClassVar[str] = "calibration-mismatch"
+    value: str
+    reason: str
+
+    def message(self) -> str:
+        return f"calibration data for input `{self.value}`: {self.reason}"
+
+    def help(self) -> str:
+        return "save one array per graph input, samples first: np.savez(path, input=array)"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationUnreadable(Rule):
+    """What it checks
+        The calibration or evaluation data can be read and is long enough.
+
+    Why it matters
+        Fewer tokens than one window leave nothing to measure.
+
+    Example
+        ```console
+        echo hi > short.txt && qnpu-compile model.onnx --calib short.txt
+        ```
+
+    How to fix
+        Give a UTF-8 text of at least windows × length tokens, or an .npz of input arrays.
+    """
+
+    code: ClassVar[str] = "QN302"
+    name: ClassVar[str] = "calibration-unreadable"
+    source: str
+    reason: str
+
+    def message(self) -> str:
+        return f"data `{self.source}`: {self.reason}"
+
+    def help(self) -> str:
+        return "give a longer UTF-8 text, or an .npz with one array per graph input"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingEncoding(Rule):
+    """What it checks
+        Each float tensor of the graph has an encoding before Q/DQ pairs are inserted.
+
+    Why it matters
+        A vendor tool would invent the missing one at import, silently.
+
+    Example
+        ```console
+        qnpu-check partly-quantized.onnx
+        ```
+
+    How to fix
+        Add the tensor to the bit plan; within qnpu-compile this is a fault of ours: report it.
+    """
+
+    code: ClassVar[str] = "QN303"
+    name: ClassVar[str] = "missing-encoding"
+    value: str
+
+    def message(self) -> str:
+        return f"float tensor `{self.value}` has no encoding"
+
+    def help(self) -> str:
+        return "add the tensor to the bit plan"
+
+
+@dataclass(frozen=True, slots=True)
+class NonFiniteActivation(Rule):
+    """What it checks
+        Activations seen in calibration are finite.
+
+    Why it matters
+        A range that reaches infinity has no scale.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[1, 4] x) => (float[1, 4] y)
+        <float[1] zero = {0.0}>
+        { y = Div(x, zero) }
+        ```
+
+    How to fix
+        Look at the node that makes it; with float16 sources an overflow is the usual cause.
+    """
+
+    code: ClassVar[str] = "QN304"
+    name: ClassVar[str] = "non-finite-activation"
+    value: str
+
+    def message(self) -> str:
+        return f"`{self.value}` is NaN or infinite on the calibration data"
+
+    def help(self) -> str:
+        return "check the node that produces it and the calibration data"
+
+
+@dataclass(frozen=True, slots=True)
+class NoCalibrationData(Rule):
+    """What it checks
+        There is data to calibrate with: text for a model that takes token ids, arrays otherwise.
+
+    Why it matters
+        A static scale is measured, never guessed.
+
+    Example
+        ```console
+        qnpu-compile resnet.onnx
+        ```
+
+    How to fix
+        Pass ``--calib data.npz``; for a text model whose tokenizer is not found, ``--tokenizer``.
+    """
+
+    code: ClassVar[str] = "QN305"
+    name: ClassVar[str] = "no-calibration-data"
+    reason: str
+
+    def message(self) -> str:
+        return f"nothing to calibrate with: {self.reason}"
+
+    def help(self) -> str:
+        return "pass --calib data.npz, or --tokenizer with a text"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownScheme(Rule):
+    """What it checks
+        The scheme is of the form w{4,8}a{8,16}.
+
+    Why it matters
+        Other widths have no encoding rule.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w3a8
+        ```
+
+    How to fix
+        Use one of the listed schemes.
+    """
+
+    code: ClassVar[str] = "QN501"
+    name: ClassVar[str] = "unknown-scheme"
+    scheme: str
+    known: str
+
+    def message(self) -> str:
+        return f"scheme `{self.scheme}` is not known"
+
+    def help(self) -> str:
+        return f"use one of {self.known}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownTarget(Rule):
+    """What it checks
+        The target profile exists.
+
+    Why it matters
+        A target decides which types and operators are allowed.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --target nokia-3310
+        ```
+
+    How to fix
+        Use one of the listed profiles.
+    """
+
+    code: ClassVar[str] = "QN502"
+    name: ClassVar[str] = "unknown-target"
+    target: str
+    known: str
+
+    def message(self) -> str:
+        return f"target `{self.target}` is not known"
+
+    def help(self) -> str:
+        return f"use one of {self.known}"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidConfig(Rule):
+    """What it checks
+        A configuration or option has a known name and a value of the right kind.
+
+    Why it matters
+        A misspelt key that is silently ignored compiles something other than what was asked.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --freeze-dim batch
+        ```
+
+    How to fix
+        See ``--help`` for names and forms.
+    """
+
+    code: ClassVar[str] = "QN503"
+    name: ClassVar[str] = "invalid-config"
+    key: str
+    reason: str
+
+    def message(self) -> str:
+        return f"`{self.key}`: {self.reason}"
+
+    def help(self) -> str:
+        return "see --help for the names and forms of options"
+
+
+@dataclass(frozen=True, slots=True)
+class CannotWrite(Rule):
+    """What it checks
+        Output can be written in full.
+
+    Why it matters
+        Files appear under their names only when complete; nothing is left half written.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --out /read-only/folder
+        ```
+
+    How to fix
+        Free space, or choose a folder that can be written to.
+    """
+
+    code: ClassVar[str] = "QN901"
+    name: ClassVar[str] = "cannot-write"
+    path: str
+    reason: str
+
+    def message(self) -> str:
+        return f"cannot write `{self.path}`: {self.reason}"
+
+    def help(self) -> str:
+        return "free some space or choose another folder with --out"
+
+
+@dataclass(frozen=True, slots=True)
+class WouldOverwrite(Rule):
+    """What it checks
+        Output does not replace a file that an earlier qnpu run did not write.
+
+    Why it matters
+        Nothing the user had may be lost.
+
+    Example
+        ```console
+        qnpu-compile out/model.qdq.onnx --out out
+        ```
+
+    How to fix
+        Choose another folder with ``--out``, or move the file away.
+    """
+
+    code: ClassVar[str] = "QN902"
+    name: ClassVar[str] = "would-overwrite"
+    path: str
+
+    def message(self) -> str:
+        return f"`{self.path}` exists and was not written by an earlier compile into this folder"
+
+    def help(self) -> str:
+        return "choose another folder with --out, or move the file away"
+
+
+@dataclass(frozen=True, slots=True)
+class StageViolation(Rule):
+    """What it checks
+        After each pass the graph holds only what its stage allows.
+
+    Why it matters
+        It catches a faulty pass where it happens, not three passes later.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --pass acme:BrokenPass
+        ```
+
+    How to fix
+        If the pass is not yours, report it with the model.
+    """
+
+    code: ClassVar[str] = "QN903"
+    name: ClassVar[str] = "stage-violation"
+    stage: str
+    reason: str
+
+    def message(self) -> str:
+        return f"graph is not a valid {self.stage} graph: {self.reason}"
+
+    def help(self) -> str:
+        return "report this with the model, unless the pass is your own"
+
+
+def all_rules() -> list[type[Rule]]:
+    """Every rule class of this module, sorted by code."""
+    found = [
+        item
+        for item in globals().values()
+        if inspect.isclass(item) and issubclass(item, Rule) and item.__module__ == __name__
+    ]
+    return sorted(found, key=lambda rule: rule.code)
+
+
+def manual_page(code: str) -> str | None:
+    """The docstring of a rule with its heading, or None where there is no such code."""
+    for rule in all_rules():
+        if rule.code == code.upper():
+            body = inspect.cleandoc(rule.__doc__ or "")
+            return f"{rule.code} {rule.name} ({rule.severity.value})\n\n{body}"
+    return None
