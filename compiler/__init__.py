@@ -1,0 +1,1 @@
+"""The compiler: types, the pass infrastructure, the pipeline and the command line."""

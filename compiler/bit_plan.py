@@ -1,0 +1,86 @@
+"""Schemes and bit plans: how many bits each tensor gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.quant_types import Granularity, PerChannel, QuantSpec
+from qnpu.compiler.rules import UnknownScheme
+
+SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Bits by role (quantnpu.md §Setting).
+
+    Attributes:
+        name: as on the command line.
+        weight_bits: weights of linears.
+        linear_bits: inputs and outputs of linears; an output that is added to the residual stream,
+            or is a graph output, keeps ``other_bits``.
+        other_bits: norms, softmax, activation functions, residual, embedding, rotary.
+        kv_bits: keys and values, that is the second operand of an activation-by-activation MatMul.
+        head_bits: weights of the last linear (lm_head).
+    """
+
+    name: str
+    weight_bits: int
+    linear_bits: int
+    other_bits: int = 16
+    kv_bits: int = 8
+    head_bits: int = 8
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """The scheme called ``w<weight bits>a<activation bits>``.
+
+        Raises:
+            DiagnosticError: QN501 for a name that is not in ``SCHEMES``.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", name)
+        if name not in SCHEMES or match is None:
+            raise DiagnosticError(UnknownScheme(name, ", ".join(SCHEMES)).at())
+        return cls(name, weight_bits=int(match[1]), linear_bits=int(match[2]))
+
+
+@dataclass(slots=True)
+class BitPlan:
+    """Value name → what it is to be encoded as. Weights, constants and activations alike."""
+
+    scheme: str = ""
+    specs: dict[str, QuantSpec] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def __getitem__(self, name: str) -> QuantSpec:
+        return self.specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def to_json(self) -> dict[str, object]:
+        """A plain dictionary in plan order, as written to bit_plan.json."""
+        return {
+            "format": "qnpu-bit-plan",
+            "version": 1,
+            "scheme": self.scheme,
+            "tensors": {name: spec_to_json(spec) for name, spec in self.specs.items()},
+        }
+
+
+def spec_to_json(spec: QuantSpec) -> dict[str, object]:
+    """A plain dictionary of a spec; ``axis`` is absent per tensor."""
+    plain: dict[str, object] = {
+        "bits": spec.bits,
+        "signed": spec.signed,
+        "symmetric": spec.symmetric,
+    }
+    granularity: Granularity = spec.granularity
+    if isinstance(granularity, PerChannel):
+        plain["axis"] = granularity.axis
+    return plain

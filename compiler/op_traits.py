@@ -1,0 +1,162 @@
+"""What qnpu knows of each operator: does it move data, is it linear, is its range fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+# Operators whose output holds only elements of their data inputs: all share one encoding, or an
+# NPU compiler falls back to float (targets.md, "diff_enc"). None stands for every input.
+_LAYOUT_DATA_INPUTS: dict[str, int | None] = {
+    "Concat": None,
+    "DepthToSpace": 1,
+    "Expand": 1,
+    "Flatten": 1,
+    "Gather": 1,
+    "GatherElements": 1,
+    "GatherND": 1,
+    "MaxPool": 1,
+    "Reshape": 1,
+    "Slice": 1,
+    "SpaceToDepth": 1,
+    "Split": 1,
+    "Squeeze": 1,
+    "Tile": 1,
+    "Transpose": 1,
+    "Unsqueeze": 1,
+}
+
+# Output range known from the function itself (real). With 2^b steps over [0, 1) the scale is a
+# power of two, which is what NPUs force (targets.md, "forced encodings").
+FIXED_RANGES: dict[str, tuple[float, float]] = {
+    "Sigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+}
+
+FLOAT_TYPES = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+)
+
+
+def is_float(value: ir.Value) -> bool:
+    """True for a value of any floating-point type."""
+    return value.dtype in FLOAT_TYPES
+
+
+def is_standard(node: ir.Node) -> bool:
+    """True for an operator of the default ONNX domain."""
+    return node.domain in ("", "ai.onnx")
+
+
+def layout_inputs(node: ir.Node) -> list[ir.Value]:
+    """Float inputs whose elements the node's output is made of; empty for a computing node."""
+    if not is_standard(node) or node.op_type not in _LAYOUT_DATA_INPUTS:
+        return []
+    count = _LAYOUT_DATA_INPUTS[node.op_type]
+    return [v for v in node.inputs[:count] if v is not None and is_float(v)]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A node that multiplies an activation by a constant weight.
+
+    Attributes:
+        node: MatMul, Gemm, Conv or ConvTranspose.
+        activation: the other operand.
+        weight: an initializer.
+        channel_axis: axis of ``weight`` that indexes output channels.
+        bias: an initializer of one element per output channel, or None.
+    """
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+    channel_axis: int
+    bias: ir.Value | None
+
+
+def as_linear(node: ir.Node) -> Linear | None:
+    """The node seen as a linear, or None where it is none or its weight is not constant."""
+    if not is_standard(node) or node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose"):
+        return None
+    first, second, *rest = node.inputs
+    if first is None or second is None or first.is_initializer() == second.is_initializer():
+        return None
+    activation, weight = (second, first) if first.is_initializer() else (first, second)
+    if weight.shape is None:
+        return None
+    bias = rest[0] if rest and rest[0] is not None and rest[0].is_initializer() else None
+    return Linear(node, activation, weight, _channel_axis(node, weight is first, weight), bias)
+
+
+def _channel_axis(node: ir.Node, weight_first: bool, weight: ir.Value) -> int:
+    rank = len(weight.shape or ())
+    match node.op_type:
+        case "Conv":
+            return 0
+        case "ConvTranspose":
+            return 1
+        case "Gemm":
+            transposed = node.attributes.get_int("transA" if weight_first else "transB", 0)
+            return int(weight_first) ^ int(not transposed)
+        case _:
+            return max(rank - 1 - int(weight_first), 0)
+
+
+def is_dynamic_matmul(node: ir.Node) -> bool:
+    """True for a MatMul of two activations, as in attention."""
+    return (
+        is_standard(node)
+        and node.op_type == "MatMul"
+        and not any(v is None or v.is_initializer() for v in node.inputs)
+    )
+
+
+def encoding_groups(graph: ir.Graph) -> list[list[ir.Value]]:
+    """Float values that must share one encoding because layout operators tie them together.
+
+    Returns:
+        Groups in graph order, each in graph order, its computed members before the copies that
+        layout operators make of them; a value that nothing ties stands alone.
+    """
+    parent: dict[ir.Value, ir.Value] = {}
+
+    def find(value: ir.Value) -> ir.Value:
+        root = value
+        while parent.setdefault(root, root) is not root:
+            root = parent[root]
+        while parent[value] is not root:
+            parent[value], value = root, parent[value]
+        return root
+
+    for value in float_values(graph):
+        find(value)
+    for node in graph:
+        tied = layout_inputs(node)
+        if tied:
+            tied += [v for v in node.outputs if is_float(v)]
+        for value in tied[1:]:
+            first, second = find(tied[0]), find(value)
+            if first is not second:
+                parent[second] = first
+    groups: dict[ir.Value, list[ir.Value]] = {}
+    for value in list(parent):
+        groups.setdefault(find(value), []).append(value)
+    return [sorted(group, key=is_layout_copy) for group in groups.values()]
+
+
+def is_layout_copy(value: ir.Value) -> bool:
+    """True for a value that a layout operator made of others."""
+    producer = value.producer()
+    return producer is not None and bool(layout_inputs(producer))
+
+
+def float_values(graph: ir.Graph) -> list[ir.Value]:
+    """Float graph inputs, then float initializers in use, then node outputs, in graph order."""
+    values = [v for v in graph.inputs if is_float(v)]
+    values += [v for v in graph.initializers.values() if is_float(v) and v.uses()]
+    for node in graph:
+        values += [v for v in node.outputs if is_float(v) and v.name]
+    return values

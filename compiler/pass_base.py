@@ -1,0 +1,121 @@
+"""Stages, passes and the one mutable object they work on."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qnpu.compiler.bit_plan import BitPlan
+from qnpu.compiler.diagnostics import Diagnostic
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.target import TargetProfile
+
+ProgressCallback = Callable[[str, float], None]
+"""Called with a step's name and the fraction of it that is done, 0 to 1."""
+
+
+def no_progress(step: str, fraction: float) -> None:
+    """A progress callback that says nothing."""
+
+
+class Stage(enum.Enum):
+    """How far a graph has come; each pass consumes one stage and produces one."""
+
+    FLOAT = "float"
+    PLANNED = "planned"
+    ENCODED = "encoded"
+    QDQ = "qdq"
+    INTEGER = "integer"
+
+
+@dataclass(slots=True)
+class Compilation:
+    """All state of one compile: the only mutable object that passes share.
+
+    Attributes:
+        model: the graph, changed in place.
+        target: what the NPU accepts.
+        bit_plan: filled by assign-bit-widths.
+        encodings: filled by calibrate-ranges, empty again once Q/DQ pairs carry them.
+        diagnostics: warnings and notes; errors are raised.
+        stage: what the last pass produced.
+    """
+
+    model: ir.Model
+    target: TargetProfile = field(default_factory=TargetProfile)
+    bit_plan: BitPlan = field(default_factory=BitPlan)
+    encodings: EncodingTable = field(default_factory=EncodingTable)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    stage: Stage = Stage.FLOAT
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+
+class Pass(ir.passes.InPlacePass, abc.ABC):
+    """A rewrite of the graph. Subclasses are frozen dataclasses; their fields are their options.
+
+    A pass that needs only the graph also runs in any ``onnx_ir.passes.Sequential``.
+    """
+
+    name: ClassVar[str]
+    consumes: ClassVar[Stage]
+    produces: ClassVar[Stage]
+
+    @abc.abstractmethod
+    def run(self, compilation: Compilation) -> int:
+        """Rewrites in place.
+
+        Returns:
+            How many places changed; 0 when run on its own result.
+
+        Raises:
+            DiagnosticError: the graph, data or target does not allow it.
+        """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """The onnx_ir entry point: runs on a bare model."""
+        return ir.passes.PassResult(model, self.run(Compilation(model)) > 0)
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Checks that each pass consumes the stage before it.
+
+    Raises:
+        ValueError: the list is out of order.
+    """
+    for before, after in zip(passes, passes[1:], strict=False):
+        if after.consumes is not before.produces:
+            raise ValueError(
+                f"{after.name} consumes {after.consumes.value}, "
+                f"but {before.name} produces {before.produces.value}"
+            )
+
+
+def run_passes(
+    passes: Sequence[Pass],
+    compilation: Compilation,
+    *,
+    verify: Callable[[Compilation], None],
+    progress: ProgressCallback = no_progress,
+) -> dict[str, int]:
+    """Runs passes in order and verifies the graph after each.
+
+    Returns:
+        Pass name → number of rewrites.
+    """
+    check_order(passes)
+    counts: dict[str, int] = {}
+    for index, item in enumerate(passes):
+        progress("passes", index / len(passes))
+        counts[item.name] = item.run(compilation)
+        compilation.stage = item.produces
+        verify(compilation)
+    progress("passes", 1.0)
+    return counts

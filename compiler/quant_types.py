@@ -1,0 +1,192 @@
+"""What a quantized tensor is: bit width, signedness, granularity, scale and zero point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def __str__(self) -> str:
+        return "per-tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale for each index along ``axis`` (never negative)."""
+
+    axis: int
+
+    def __str__(self) -> str:
+        return f"per-channel(axis={self.axis})"
+
+
+Granularity = PerTensor | PerChannel
+
+
+_DTYPES = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+    (16, True): ir.DataType.INT16,
+    (16, False): ir.DataType.UINT16,
+    (32, True): ir.DataType.INT32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """What the bit plan asks of a tensor; no numbers yet.
+
+    Attributes:
+        bits: 4, 8, 16, or 32 for biases.
+        signed: codes are two's complement.
+        symmetric: zero sits at the middle code. Signed symmetric codes leave out the lowest one
+            (-128), so that a negated tensor fits its own encoding.
+        granularity: per tensor or per channel.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.signed) not in _DTYPES:
+            kind = "signed" if self.signed else "unsigned"
+            raise ValueError(f"no ONNX type for {self.bits}-bit {kind} codes")
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """ONNX element type of the codes."""
+        return _DTYPES[self.bits, self.signed]
+
+    @property
+    def code_dtype(self) -> np.dtype[np.generic]:
+        """NumPy type of the codes; ml_dtypes' int4 for 4 bits."""
+        return np.dtype(self.dtype.numpy())
+
+    @property
+    def q_min(self) -> int:
+        """Lowest code in use, LSB."""
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + int(self.symmetric)
+
+    @property
+    def q_max(self) -> int:
+        """Highest code, LSB."""
+        return 2 ** (self.bits - int(self.signed)) - 1
+
+    def __str__(self) -> str:
+        kind = "s" if self.signed else "u"
+        shape = "symmetric" if self.symmetric else "asymmetric"
+        return f"{kind}{self.bits} {shape} {self.granularity}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """``real = scale * (q - zero_point)``.
+
+    Attributes:
+        spec: bit width and kind.
+        scale: real units per LSB, float32, shape ``()`` per tensor or ``(channels,)``.
+        zero_point: LSB, int32, same shape.
+    """
+
+    spec: QuantSpec
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape:
+            raise ValueError("scale and zero point differ in shape")
+        if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
+            raise ValueError("scale must be finite and positive")
+
+    @classmethod
+    def from_range(cls, spec: QuantSpec, low: FloatArray, high: FloatArray) -> Encoding:
+        """The encoding whose codes span ``[low, high]``, widened to hold zero.
+
+        Symmetric (quantnpu §Setting): s = max(|low|, |high|) / (2^(b-1) - 1), z at the middle.
+        Asymmetric (Max-Min, §2): s = (high - low) / (q_max - q_min), z = round(q_min - low / s).
+        An empty range gets s = 1.
+
+        Args:
+            spec: what to encode to.
+            low: real, shape ``()`` or ``(channels,)``.
+            high: as ``low``.
+        """
+        low64 = np.minimum(np.asarray(low, np.float64), 0.0)
+        high64 = np.maximum(np.asarray(high, np.float64), 0.0)
+        if spec.symmetric:
+            span = np.maximum(-low64, high64)
+            steps = 2 ** (spec.bits - 1) - 1
+        else:
+            span = high64 - low64
+            steps = spec.q_max - spec.q_min
+        scale = _positive_float32(span / steps)
+        if spec.symmetric:
+            zero = np.full(scale.shape, 0 if spec.signed else 2 ** (spec.bits - 1))
+        else:
+            zero = np.clip(np.rint(spec.q_min - low64 / scale), spec.q_min, spec.q_max)
+        return cls(spec, scale, zero.astype(np.int32))
+
+    @property
+    def low(self) -> NDArray[np.float64]:
+        """Lowest real value the codes reach."""
+        return self.scale.astype(np.float64) * (self.spec.q_min - self.zero_point)
+
+    @property
+    def high(self) -> NDArray[np.float64]:
+        """Highest real value the codes reach."""
+        return self.scale.astype(np.float64) * (self.spec.q_max - self.zero_point)
+
+    def same_as(self, other: Encoding) -> bool:
+        """True where both give every real number the same code."""
+        return (
+            self.spec == other.spec
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+    def quantize(self, real: FloatArray) -> NDArray[np.generic]:
+        """Codes of a real tensor, rounding half to even as ONNX QuantizeLinear does."""
+        scale, zero = self._broadcast(real.ndim)
+        codes = np.rint(np.divide(real, scale, dtype=np.float32))
+        codes += zero
+        np.clip(codes, self.spec.q_min, self.spec.q_max, out=codes)
+        if self.spec.bits == 4:  # ml_dtypes converts from int8, not from float, without a detour
+            return codes.astype(np.int8).astype(self.spec.code_dtype)
+        return codes.astype(self.spec.code_dtype)
+
+    def dequantize(self, codes: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Real values of codes, float32."""
+        scale, zero = self._broadcast(codes.ndim)
+        if codes.dtype in (ml_dtypes.int4, ml_dtypes.uint4):
+            codes = codes.astype(np.int8)
+        return ((codes.astype(np.float32) - zero) * scale).astype(np.float32)
+
+    def _broadcast(self, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        zero = self.zero_point.astype(np.float32)
+        if isinstance(self.spec.granularity, PerTensor):
+            return self.scale, zero
+        shape = [1] * rank
+        shape[self.spec.granularity.axis] = -1
+        return self.scale.reshape(shape), zero.reshape(shape)
+
+
+def _positive_float32(scale: FloatArray) -> NDArray[np.float32]:
+    """Float32 scales; zero, or too small for a float32 reciprocal, becomes 1."""
+    as_float32 = np.asarray(scale).astype(np.float32)
+    return np.where(as_float32 < np.finfo(np.float32).tiny, np.float32(1.0), as_float32)

@@ -1,0 +1,1 @@
+"""Running graphs on ONNX Runtime and comparing what comes out."""
