@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import enum
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
-
 from qnpu.compiler.bit_plan import BitPlan
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
@@ -90,7 +90,7 @@ def check_order(passes: Sequence[Pass]) -> None:
     Raises:
         ValueError: the list is out of order.
     """
-    for before, after in zip(passes, passes[1:], strict=False):
+    for before, after in itertools.pairwise(passes):
         if after.consumes is not before.produces:
             raise ValueError(
                 f"{after.name} consumes {after.consumes.value}, "

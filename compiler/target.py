@@ -38,7 +38,9 @@ class TargetProfile:
 def target_names() -> list[str]:
     """Names of all shipped profiles, sorted."""
     folder = resources.files("qnpu.compiler").joinpath("targets")
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
 
 
 def load_target(name: str) -> TargetProfile:
@@ -53,5 +55,7 @@ def load_target(name: str) -> TargetProfile:
     table = tomllib.loads(file.read_text("utf-8"))
     known = {f.name for f in dataclasses.fields(TargetProfile)}
     for key in sorted(set(table) - known):
-        raise DiagnosticError(InvalidConfig(key, "not a key of a target profile").at(file=str(file)))
+        raise DiagnosticError(
+            InvalidConfig(key, "not a key of a target profile").at(file=str(file))
+        )
     return TargetProfile(**table)

@@ -1,0 +1,105 @@
+"""Small edits of an onnx_ir graph that several passes need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def constant_array(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """The array of a constant value, or None where it is not constant."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """Registers a new initializer under ``name`` or, where taken, ``name_1``, ``name_2`` …"""
+    return register_tensor(graph, ir.tensor(array, name=unique_initializer_name(graph, name)))
+
+
+def register_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Registers a tensor under its own name, which must be free."""
+    value = ir.Value(
+        name=tensor.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def unique_initializer_name(graph: ir.Graph, name: str) -> str:
+    """``name``, or with the first number behind it that no initializer has."""
+    candidate, number = name, 0
+    while candidate in graph.initializers:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def like(value: ir.Value, name: str) -> ir.Value:
+    """A new, unproduced value of the same type and shape."""
+    return ir.Value(name=name, type=value.type, shape=value.shape)
+
+
+def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Lets every consumer and graph output use ``new``; an output keeps its name."""
+    if old.is_graph_output() and old.name != new.name:
+        old.name, new.name = None, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape where every dimension is known, else None."""
+    if value.shape is None:
+        return None
+    dims = tuple(d for d in value.shape if isinstance(d, int))
+    return dims if len(dims) == len(value.shape) else None
+
+
+def subgraph_proto(
+    nodes: Sequence[ir.Node],
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    model: ir.Model,
+) -> onnx.ModelProto:
+    """A model of some nodes of a graph, with copies of the initializers they use.
+
+    Args:
+        nodes: in topological order.
+        inputs: values the nodes take from outside; typed.
+        outputs: values to return.
+        model: where opsets and IR version come from.
+    """
+    initializers: dict[str, ir.Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                initializers[value.name or ""] = value
+    graph = onnx.helper.make_graph(
+        [ir.serde.serialize_node(node) for node in nodes],
+        "segment",
+        [ir.serde.serialize_value(value) for value in inputs],
+        [ir.serde.serialize_value(value) for value in outputs],
+        [_tensor_proto(name, value) for name, value in initializers.items()],
+    )
+    opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+
+
+def _tensor_proto(name: str, value: ir.Value) -> onnx.TensorProto:
+    tensor = value.const_value
+    if tensor is None:
+        raise ValueError(f"initializer {name} has no data")
+    return onnx.TensorProto(
+        name=name,
+        data_type=tensor.dtype.value,
+        dims=tensor.shape.numpy(),
+        raw_data=tensor.tobytes(),
+    )

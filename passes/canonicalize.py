@@ -1,0 +1,323 @@
+"""canonicalize: one spelling for what exporters write in many ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import onnxscript.version_converter
+from onnx_ir.passes import common
+
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.graph_edit import add_initializer, constant_array, replace_value, static_shape
+from qnpu.compiler.op_traits import is_float, is_standard
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.rules import (
+    ControlFlow,
+    UnknownOperator,
+    UnsupportedFloatType,
+    UnsupportedOpset,
+)
+
+OPSET = 23
+_IR_VERSION = 11
+# Folding reads and writes at most this many elements per node: a mask or rotary table of a long
+# context, but not an expanded embedding.
+_FOLD_ELEMENTS = 2**24
+_MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrites a float graph to opset 23 with constants folded and exporter residue removed.
+
+    Before → after::
+
+        functions, nested calls            → inlined
+        Shape → Gather → … on static dims  → folded
+        Transpose(weight) → MatMul         → weight stored transposed (a view, no copy)
+        Softmax → IsNaN → Where(·, 0, ·)   → Softmax (a row is never wholly masked at -50)
+        Concat(empty past, k)              → k
+        MatMul + Add(bias)                 → Reshape → Gemm → Reshape (the bias joins the
+                                             accumulator; added later it would see a coarser scale)
+        Identity, Dropout, Cast to itself  → gone
+
+    Must not fire on its own result. Raises QN106 for an operator without a schema, QN108 for half
+    or double precision, QN109 for control flow that is left, QN112 for an opset that cannot be
+    raised.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    consumes: ClassVar[Stage] = Stage.FLOAT
+    produces: ClassVar[Stage] = Stage.FLOAT
+
+    def run(self, compilation: Compilation) -> int:
+        model = compilation.model
+        changes = int(bool(common.InlinePass()(model).modified))
+        changes += int(bool(common.RemoveInitializersFromInputsPass()(model).modified))
+        _check_operators(model)
+        changes += _raise_opset(model)
+        _name_nodes(model.graph)
+        for _ in range(_MAX_ROUNDS):
+            round_changes = _simplify(model)
+            changes += round_changes
+            if not round_changes:
+                break
+        _check_result(model)
+        return changes
+
+
+def _simplify(model: ir.Model) -> int:
+    """One round of all local rewrites.
+
+    Returns:
+        Rewrites done, plus nodes that folding and elimination removed.
+    """
+    graph = model.graph
+    changes = 0
+    for rewrite in _REWRITES:
+        for node in list(graph):
+            changes += rewrite(graph, node)
+    before = graph.num_nodes()
+    onnxscript.optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=_FOLD_ELEMENTS,
+        output_size_limit=_FOLD_ELEMENTS,
+        should_fold=_should_fold,
+    )
+    for clean in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.IdentityEliminationPass(),
+        common.DeduplicateInitializersPass(size_limit=_FOLD_ELEMENTS),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    ):
+        clean(model)
+    for value in graph.initializers.values():
+        if value.const_value is not None:  # a folded value keeps the symbols it was inferred with
+            value.shape = ir.Shape(value.const_value.shape)
+    common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    return changes + before - graph.num_nodes()
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """onnxscript keeps ConstantOfShape by default; shapes are static here, so fold it."""
+    return True if node.op_type == "ConstantOfShape" and is_standard(node) else None
+
+
+def _check_operators(model: ir.Model) -> None:
+    faults: list[Diagnostic] = []
+    for node in model.graph.all_nodes():
+        version = model.graph.opset_imports.get(node.domain or "", 1)
+        if not onnx.defs.has(node.op_type, version, node.domain or ""):
+            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            faults.append(UnknownOperator(operator).at(node=node.name or ""))
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def _check_result(model: ir.Model) -> None:
+    graph = model.graph
+    faults = [
+        ControlFlow(node.op_type).at(node=node.name or "")
+        for node in graph
+        if any(a.type is ir.AttributeType.GRAPH for a in node.attributes.values())
+    ]
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [v for node in graph for v in node.outputs]
+    faults += [
+        UnsupportedFloatType(str(value.dtype)).at(value=value.name or "")
+        for value in values
+        if is_float(value) and value.dtype is not ir.DataType.FLOAT
+    ]
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def _raise_opset(model: ir.Model) -> int:
+    version = model.graph.opset_imports.get("", OPSET)
+    if version >= OPSET:
+        return 0
+    try:
+        onnxscript.version_converter.convert_version(model, OPSET, fallback=True)
+    except Exception as error:  # the onnx converter raises bare RuntimeError and its own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise DiagnosticError(UnsupportedOpset(version, reason).at()) from error
+    reached = model.graph.opset_imports.get("", version)
+    if reached < OPSET:
+        raise DiagnosticError(UnsupportedOpset(version, f"conversion stops at {reached}").at())
+    model.ir_version = max(model.ir_version, _IR_VERSION)
+    return 1
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names nodes that have none after their first output, so that diagnostics can say where."""
+    for node in graph:
+        if not node.name:
+            node.name = f"{node.op_type}_{node.outputs[0].name}"
+
+
+def _transpose_weight(graph: ir.Graph, node: ir.Node) -> int:
+    """Transpose(initializer) → initializer. NumPy transposes by stride: no bytes move."""
+    if node.op_type != "Transpose" or not is_standard(node):
+        return 0
+    source, output = node.inputs[0], node.outputs[0]
+    if source is None or source.const_value is None or not source.is_initializer():
+        return 0
+    order = node.attributes.get_ints("perm", tuple(reversed(range(len(source.const_value.shape)))))
+    name = output.name or ""
+    tensor = ir.tensor(source.const_value.numpy().transpose(order), name=name)
+    output.name = None
+    value = ir.Value(name=name, type=output.type, shape=ir.Shape(tensor.shape), const_value=tensor)
+    graph.register_initializer(value)
+    replace_value(graph, output, value)
+    graph.remove(node, safe=True)
+    return 1
+
+
+def _drop_nan_guard(graph: ir.Graph, node: ir.Node) -> int:
+    """Where(IsNaN(p), 0, p) → p for p = Softmax(·)."""
+    if node.op_type != "Where" or not is_standard(node):
+        return 0
+    condition, _, kept = node.inputs
+    test = condition.producer() if condition is not None else None
+    if test is None or test.op_type != "IsNaN" or test.inputs[0] is not kept or kept is None:
+        return 0
+    softmax = kept.producer()
+    if softmax is None or softmax.op_type != "Softmax":
+        return 0
+    replace_value(graph, node.outputs[0], kept)
+    graph.remove(node, safe=True)
+    return 1
+
+
+def _drop_empty_concat_input(graph: ir.Graph, node: ir.Node) -> int:
+    """Concat(empty, k) → k."""
+    if node.op_type != "Concat" or not is_standard(node):
+        return 0
+    kept = [v for v in node.inputs if v is not None and 0 not in (static_shape(v) or (1,))]
+    if len(kept) == len(node.inputs) or not kept:
+        return 0
+    if len(kept) == 1:
+        replace_value(graph, node.outputs[0], kept[0])
+        graph.remove(node, safe=True)
+        return 1
+    node.resize_inputs(len(kept))
+    for index, value in enumerate(kept):
+        node.replace_input_with(index, value)
+    return 1
+
+
+def _drop_no_op(graph: ir.Graph, node: ir.Node) -> int:
+    """Dropout in inference, Cast to the type it has, Add of zero, Mul by one."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or not is_standard(node):
+        return 0
+    if node.op_type == "Cast":
+        idle = source.dtype is not None and source.dtype == node.outputs[0].dtype
+    elif node.op_type in ("Add", "Mul"):
+        source, idle = _neutral_operand(node)
+    else:
+        idle = node.op_type == "Dropout" and not node.outputs[1:]
+    if not idle or source is None:
+        return 0
+    replace_value(graph, node.outputs[0], source)
+    graph.remove(node, safe=True)
+    return 1
+
+
+def _neutral_operand(node: ir.Node) -> tuple[ir.Value | None, bool]:
+    """The operand that Add of zeros or Mul by ones returns, where its shape is the result's."""
+    neutral = 0.0 if node.op_type == "Add" else 1.0
+    for kept, constant in (node.inputs, node.inputs[::-1]):
+        array = constant_array(constant)
+        shape = static_shape(kept) if kept is not None else None
+        if (
+            array is not None
+            and array.size <= _FOLD_ELEMENTS
+            and shape is not None
+            and shape == static_shape(node.outputs[0])
+            and bool((array == neutral).all())
+        ):
+            return kept, True
+    return None, False
+
+
+def _bias_into_gemm(graph: ir.Graph, node: ir.Node) -> int:
+    """Add(MatMul(x, W), b) → Reshape(Gemm(Reshape(x), W, b)) for a constant W and 1-D b."""
+    if node.op_type != "Add" or not is_standard(node):
+        return 0
+    for product, bias in (node.inputs, node.inputs[::-1]):
+        matmul = product.producer() if product is not None else None
+        if matmul is None or matmul.op_type != "MatMul" or len(product.uses()) > 1:
+            continue
+        source, weight = matmul.inputs
+        if product.is_graph_output() or source is None or weight is None or bias is None:
+            continue
+        weight_shape, source_shape = static_shape(weight), static_shape(source)
+        if (
+            not weight.is_initializer()
+            or not bias.is_initializer()
+            or weight_shape is None
+            or source_shape is None
+            or len(weight_shape) != 2
+            or static_shape(bias) != (weight_shape[1],)
+        ):
+            continue
+        _emit_gemm(graph, node, source, weight, bias)
+        graph.remove([node, matmul], safe=True)
+        return 1
+    return 0
+
+
+def _emit_gemm(
+    graph: ir.Graph, add: ir.Node, source: ir.Value, weight: ir.Value, bias: ir.Value
+) -> None:
+    output = add.outputs[0]
+    name = output.name or ""
+    source_shape, weight_shape = static_shape(source) or (), static_shape(weight) or ()
+    rows = int(np.prod(source_shape[:-1]))
+    new_nodes: list[ir.Node] = []
+    if len(source_shape) != 2:
+        flat = np.array([rows, source_shape[-1]], np.int64)
+        shape = add_initializer(graph, f"{name}_flat_shape", flat)
+        reshape = ir.node("Reshape", [source, shape], name=f"{name}_flatten")
+        _describe(reshape.outputs[0], f"{name}_flat", output, (rows, source_shape[-1]))
+        new_nodes.append(reshape)
+        source = reshape.outputs[0]
+    gemm = ir.node("Gemm", [source, weight, bias], name=f"{name}_gemm")
+    _describe(gemm.outputs[0], f"{name}_rows", output, (rows, weight_shape[1]))
+    new_nodes.append(gemm)
+    result = gemm.outputs[0]
+    if len(source_shape) != 2:
+        full = np.array([*source_shape[:-1], weight_shape[1]], np.int64)
+        shape = add_initializer(graph, f"{name}_shape", full)
+        reshape = ir.node("Reshape", [result, shape], name=f"{name}_unflatten")
+        _describe(
+            reshape.outputs[0], f"{name}_biased", output, (*source_shape[:-1], weight_shape[1])
+        )
+        new_nodes.append(reshape)
+        result = reshape.outputs[0]
+    graph.insert_before(add, new_nodes)
+    replace_value(graph, output, result)
+
+
+def _describe(value: ir.Value, name: str, similar: ir.Value, shape: tuple[int, ...]) -> None:
+    value.name, value.type, value.shape = name, similar.type, ir.Shape(shape)
+
+
+_REWRITES: tuple[Callable[[ir.Graph, ir.Node], int], ...] = (
+    _transpose_weight,
+    _drop_nan_guard,
+    _drop_empty_concat_input,
+    _drop_no_op,
+    _bias_into_gemm,
+)

@@ -1,0 +1,147 @@
+"""Runs a graph a segment at a time, so that only one segment's activations are ever held.
+
+A segment is a run of nodes in topological order whose outputs fit a byte limit, about one decoder
+layer. All batches pass through a segment before the next one is opened; between segments only the
+few values that cross the cut are kept. Peak memory is one segment's weights and activations plus
+what crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import onnx_ir as ir
+from qnpu.compiler.graph_edit import static_shape, subgraph_proto
+from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
+
+SEGMENT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some consecutive nodes.
+
+    Attributes:
+        nodes: in topological order.
+        takes: values from earlier segments or graph inputs.
+        hands_on: own values that later segments need.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    takes: tuple[ir.Value, ...]
+    hands_on: tuple[ir.Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRun:
+    """What one segment computes of one batch.
+
+    Attributes:
+        batch: index into the batches.
+        last: no further batch follows in this round.
+        values: value name → array, of the wanted values.
+    """
+
+    batch: int
+    last: bool
+    values: dict[str, Array]
+
+
+def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
+    """Cuts a topologically sorted graph so that each segment's outputs fit ``limit`` bytes.
+
+    A single node may exceed it. Dimensions that are not static count as one.
+    """
+    runs: list[list[ir.Node]] = [[]]
+    held = 0
+    for node in graph:
+        size = sum(_bytes(v) for v in node.outputs)
+        if runs[-1] and held + size > limit:
+            runs.append([])
+            held = 0
+        runs[-1].append(node)
+        held += size
+    segment_of = {node: index for index, nodes in enumerate(runs) for node in nodes}
+    return [_segment(nodes, index, segment_of) for index, nodes in enumerate(runs) if nodes]
+
+
+def _segment(nodes: list[ir.Node], index: int, segment_of: dict[ir.Node, int]) -> Segment:
+    takes: dict[ir.Value, None] = {}
+    hands_on: dict[ir.Value, None] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is None or value.is_initializer():
+                continue
+            producer = value.producer()
+            if producer is None or segment_of[producer] != index:
+                takes[value] = None
+        for value in node.outputs:
+            if any(segment_of[user] > index for user in value.consumers()):
+                hands_on[value] = None
+    return Segment(tuple(nodes), tuple(takes), tuple(hands_on))
+
+
+def _bytes(value: ir.Value) -> int:
+    dims = static_shape(value) or tuple(d if isinstance(d, int) else 1 for d in (value.shape or ()))
+    return prod(dims) * (value.dtype.itemsize if value.dtype is not None else 4)
+
+
+class SegmentRunner:
+    """Streams the values of a graph, segment by segment.
+
+    Args:
+        model: typed, topologically sorted.
+        batches: one feed dictionary per batch.
+        limit: bytes of activations per segment.
+    """
+
+    def __init__(
+        self, model: ir.Model, batches: Sequence[Feeds], limit: int = SEGMENT_BYTES
+    ) -> None:
+        self._model = model
+        self._crossing: list[Feeds] = [dict(feeds) for feeds in batches]
+        self.segments = cut_segments(model.graph, limit)
+
+    def stream(self, wanted: set[str], rounds: int = 1) -> Iterator[SegmentRun]:
+        """Runs every segment on every batch.
+
+        Args:
+            wanted: names of values to yield; others are computed and dropped.
+            rounds: how often each segment sees all batches, for statistics that need a second
+                look; all rounds of a segment come before the next segment.
+
+        Raises:
+            DiagnosticError: QN116 where ONNX Runtime refuses a segment.
+        """
+        for index, segment in enumerate(self.segments):
+            outputs = {v.name or "": v for v in segment.hands_on}
+            outputs |= {
+                v.name: v for node in segment.nodes for v in node.outputs if v.name in wanted
+            }
+            if outputs:
+                yield from self._run_segment(segment, outputs, wanted, rounds)
+            self._drop_dead(index)
+
+    def _run_segment(
+        self, segment: Segment, outputs: dict[str, ir.Value], wanted: set[str], rounds: int
+    ) -> Iterator[SegmentRun]:
+        proto = subgraph_proto(segment.nodes, segment.takes, list(outputs.values()), self._model)
+        session = open_session(proto, Mode.REFERENCE)
+        del proto
+        names = list(outputs)
+        for _ in range(rounds):
+            for batch, feeds in enumerate(self._crossing):
+                taken = {v.name or "": feeds[v.name or ""] for v in segment.takes}
+                values = dict(zip(names, run(session, names, taken), strict=True))
+                for value in segment.hands_on:
+                    feeds[value.name or ""] = values[value.name or ""]
+                last = batch == len(self._crossing) - 1
+                yield SegmentRun(batch, last, {n: a for n, a in values.items() if n in wanted})
+
+    def _drop_dead(self, index: int) -> None:
+        needed = {v.name for segment in self.segments[index + 1 :] for v in segment.takes}
+        for feeds in self._crossing:
+            for name in [name for name in feeds if name not in needed]:
+                del feeds[name]

@@ -1,0 +1,149 @@
+"""The one place that opens ONNX Runtime sessions, with every numeric option pinned.
+
+ONNX Runtime changes the numbers of a Q/DQ graph silently: it turns DequantizeLinear → MatMul into
+MatMulNBits with int8 activations, and u8 × s8 products saturate on CPUs without VNNI. A session
+opened here says which of those it allows.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.rules import GraphDoesNotRun
+
+_LOGGER = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+
+
+class Mode(enum.Enum):
+    """How a session may change the graph.
+
+    REFERENCE runs node by node as written: what a QDQ graph means.
+    OPTIMIZED fuses Q/DQ groups into integer kernels, but keeps float activations float.
+    STOCK sets nothing: what a user gets who opens the file without options.
+    """
+
+    REFERENCE = "reference"
+    OPTIMIZED = "optimized"
+    STOCK = "stock"
+
+
+def session_options(mode: Mode) -> ort.SessionOptions:
+    """Options of a mode; threads are left to ONNX Runtime, which takes one per core."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # a failure is raised as well, no need to print it too
+    if mode is Mode.STOCK:
+        return options
+    # Freed activations go back to the system: peak memory then shows what is really needed.
+    options.enable_cpu_mem_arena = False
+    options.use_deterministic_compute = True
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if mode is Mode.REFERENCE:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def open_session(
+    model: Path | onnx.ModelProto | ir.Model, mode: Mode = Mode.REFERENCE
+) -> ort.InferenceSession:
+    """Opens a CPU session.
+
+    Args:
+        model: a path (external data is found beside it), or a model in memory. One of 2 GB or more
+            goes through a temporary file.
+        mode: see ``Mode``.
+
+    Raises:
+        DiagnosticError: QN116 where ONNX Runtime refuses the graph.
+    """
+    options = session_options(mode)
+    try:
+        if isinstance(model, Path):
+            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        if isinstance(model, ir.Model):
+            return _open_in_memory(model, options)
+        return ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except _ORT_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DiagnosticError(GraphDoesNotRun(reason).at()) from error
+
+
+def run(session: ort.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
+    """Runs a session.
+
+    Args:
+        session: from ``open_session``.
+        names: outputs to return; None for all.
+        feeds: input name → array.
+
+    Raises:
+        DiagnosticError: QN116 where ONNX Runtime fails on these inputs.
+    """
+    try:
+        return list(session.run(names, feeds))
+    except _ORT_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DiagnosticError(GraphDoesNotRun(reason).at()) from error
+
+
+def _open_in_memory(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    with tempfile.TemporaryDirectory(prefix="qnpu-") as folder:
+        path = Path(folder, "model.onnx")
+        ir.save(model, path, external_data="model.data")
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def cpu_flags() -> list[str]:
+    """Instruction sets that decide how integer products are summed, as this CPU reports them."""
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return []
+    present = set(text.split())
+    flags = [flag for flag in wanted if flag in present]
+    _LOGGER.info("CPU flags: %s; threads: %s", ", ".join(flags), os.cpu_count())
+    return flags
+
+
+def input_dtypes(session: ort.InferenceSession) -> dict[str, np.dtype[Any]]:
+    """Input name → NumPy type."""
+    kinds = {
+        "tensor(float)": np.float32,
+        "tensor(int64)": np.int64,
+        "tensor(int32)": np.int32,
+        "tensor(bool)": np.bool_,
+    }
+    return {i.name: np.dtype(kinds[i.type]) for i in session.get_inputs()}
+
+
+_ORT_ERRORS = tuple(
+    getattr(ort.capi.onnxruntime_pybind11_state, name)
+    for name in (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "NotImplemented",
+        "RuntimeException",
+        "InvalidProtobuf",
+        "NoSuchFile",
+    )
+)
