@@ -87,12 +87,18 @@ def as_linear(node: ir.Node) -> Linear | None:
     activation, weight = (second, first) if first.is_initializer() else (first, second)
     if weight.shape is None:
         return None
-    bias = rest[0] if rest and rest[0] is not None and rest[0].is_initializer() else None
-    return Linear(node, activation, weight, _channel_axis(node, weight is first, weight), bias)
+    axis = _channel_axis(node, weight is first, len(weight.shape))
+    bias = rest[0] if rest else None
+    if bias is not None and not (
+        bias.is_initializer()
+        and bias.shape is not None
+        and list(bias.shape) == [weight.shape[axis]]
+    ):
+        bias = None
+    return Linear(node, activation, weight, axis, bias)
 
 
-def _channel_axis(node: ir.Node, weight_first: bool, weight: ir.Value) -> int:
-    rank = len(weight.shape or ())
+def _channel_axis(node: ir.Node, weight_first: bool, rank: int) -> int:
     match node.op_type:
         case "Conv":
             return 0

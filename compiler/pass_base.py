@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from qnpu.compiler.bit_plan import BitPlan
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable

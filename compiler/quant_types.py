@@ -163,7 +163,7 @@ class Encoding:
     def quantize(self, real: FloatArray) -> NDArray[np.generic]:
         """Codes of a real tensor, rounding half to even as ONNX QuantizeLinear does."""
         scale, zero = self._broadcast(real.ndim)
-        codes = np.rint(np.divide(real, scale, dtype=np.float32))
+        codes = np.asarray(np.rint(np.divide(real, scale, dtype=np.float32)))
         codes += zero
         np.clip(codes, self.spec.q_min, self.spec.q_max, out=codes)
         if self.spec.bits == 4:  # ml_dtypes converts from int8, not from float, without a detour

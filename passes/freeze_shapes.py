@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import register_tensor, static_shape
@@ -74,13 +75,13 @@ class FreezeShapes(Pass):
             content = self._constant_content(value)
             if content is not None:
                 array, description = content
+                name = value.name or ""
+                compilation.diagnostics.append(InputBound(name, description).at(value=name))
                 _bind_input(graph, value, array)
-                rule = InputBound(value.name or "", description)
-                compilation.diagnostics.append(rule.at(value=value.name or ""))
                 bound += 1
         if bound:
             _forget_symbolic_shapes(graph)
-            ir.passes.common.ShapeInferencePass(strict_mode=False, check_type=False)(
+            common.ShapeInferencePass(strict_mode=False, check_type=False)(
                 compilation.model
             )
         return bound

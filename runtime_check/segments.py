@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
+
 from qnpu.compiler.graph_edit import static_shape, subgraph_proto
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 

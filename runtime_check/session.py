@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
+
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.rules import GraphDoesNotRun
 

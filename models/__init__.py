@@ -1,0 +1,1 @@
+"""Where float models and token data come from: files, GGUF, Hugging Face, built-ins, exporters."""

@@ -1,0 +1,267 @@
+"""assign-bit-widths: decide what every tensor is to be encoded as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qnpu.compiler.bit_plan import BitPlan, Scheme
+from qnpu.compiler.graph_edit import like, unique_initializer_name
+from qnpu.compiler.op_traits import (
+    Linear,
+    as_linear,
+    encoding_groups,
+    is_dynamic_matmul,
+    is_float,
+    layout_inputs,
+)
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quant_types import PerChannel, QuantSpec
+
+
+@dataclass(frozen=True)
+class AssignBitWidths(Pass):
+    """Gives each float tensor a ``QuantSpec`` by its role, and puts in requantize points.
+
+    Before → after, scheme w8a8::
+
+        y = RMSNormalization(x); q = MatMul(y, Wq); k = MatMul(y, Wk)
+
+        y = RMSNormalization(x)           16 bits, asymmetric
+        y_requantized = Identity(y)        8 bits
+        q = MatMul(y_requantized, Wq)     Wq: s8 per output channel; q: 8 bits
+        k = MatMul(y_requantized, Wk)
+
+    A requantize point is an Identity: the same tensor at another width, one for all consumers that
+    want that width. It keeps the table of encodings keyed by value name alone.
+
+    Roles (quantnpu.md §Setting): inputs and outputs of linears ``linear_bits``; an output that is
+    added to another activation (the residual stream) or leaves the graph, and everything else,
+    ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
+    ``kv_bits``, from where it is computed, so that a cache holds the narrow form. Weights are
+    signed, symmetric, per output channel; the last linear's at ``head_bits``. Biases are 32 bits,
+    derived from input and weight. An initializer used in two roles is given a second name; the
+    data is not copied.
+
+    Must not fire where an input already has the width its consumer wants.
+
+    Attributes:
+        scheme: bits by role.
+    """
+
+    name: ClassVar[str] = "assign-bit-widths"
+    consumes: ClassVar[Stage] = Stage.FLOAT
+    produces: ClassVar[Stage] = Stage.PLANNED
+
+    scheme: Scheme
+
+    def run(self, compilation: Compilation) -> int:
+        graph = compilation.graph
+        linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
+        count = _separate_roles(graph, linears)
+        linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
+        wanted = _Widths(graph, self.scheme, linears)
+        count += wanted.insert_requantize_points()
+        previous = dict(compilation.bit_plan.specs)
+        compilation.bit_plan = self._plan(compilation, wanted, linears)
+        return count + int(previous != compilation.bit_plan.specs)
+
+    def _plan(
+        self, compilation: Compilation, wanted: _Widths, linears: dict[ir.Node, Linear]
+    ) -> BitPlan:
+        plan = BitPlan(self.scheme.name)
+        head = next((node for node in reversed(list(linears)) if _reaches_output(node)), None)
+        roles: dict[str, QuantSpec] = {}
+        for node, linear in linears.items():
+            bits = self.scheme.head_bits if node is head else self.scheme.weight_bits
+            weight = QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
+            roles[linear.weight.name or ""] = weight
+            if linear.bias is not None:
+                roles[linear.bias.name or ""] = QuantSpec(32, True, True, PerChannel(0))
+        for group in encoding_groups(compilation.graph):
+            bits = max(wanted.bits(value) for value in group)
+            for value in group:
+                spec = compilation.target.activation_spec(bits)
+                plan.specs[value.name or ""] = roles.get(value.name or "", spec)
+        return plan
+
+
+class _Widths:
+    """Activation widths by role, and the requantize points that keep them apart."""
+
+    def __init__(self, graph: ir.Graph, scheme: Scheme, linears: dict[ir.Node, Linear]) -> None:
+        self._graph = graph
+        self._scheme = scheme
+        self._linears = linears
+        self._bits: dict[ir.Value, int] = {}
+        for node in linears:
+            narrow = not _feeds_residual_or_output(node.outputs[0])
+            bits = scheme.linear_bits if narrow else scheme.other_bits
+            self._bits[node.outputs[0]] = bits
+        for node in graph:
+            if _is_requantize_point(node):
+                self._bits[node.outputs[0]] = self._wanted_by_consumers(node.outputs[0])
+
+    def bits(self, value: ir.Value) -> int:
+        """Width a value asks for; a layout copy asks for nothing, its group decides."""
+        producer = value.producer()
+        if producer is not None and layout_inputs(producer):
+            return 0
+        return self._bits.get(value, self._scheme.other_bits)
+
+    def insert_requantize_points(self) -> int:
+        """Puts an Identity wherever a consumer wants fewer bits than the value has."""
+        count = 0
+        made: dict[tuple[ir.Value, int], ir.Value] = {}
+        for node in list(self._graph):
+            if node in self._linears:
+                index = list(node.inputs).index(self._linears[node].activation)
+                count += self._narrow(node, index, self._scheme.linear_bits, made)
+            elif is_dynamic_matmul(node):
+                count += self._narrow_sources(node, 1, self._scheme.kv_bits, made)
+        return count
+
+    def _narrow_sources(
+        self, node: ir.Node, index: int, bits: int, made: dict[tuple[ir.Value, int], ir.Value]
+    ) -> int:
+        """Narrows an operand where it is computed, before reshapes, transposes and concats."""
+        operand = node.inputs[index]
+        producer = operand.producer() if operand is not None else None
+        tied = layout_inputs(producer) if producer is not None else []
+        if operand is None:
+            return 0
+        if producer is None or not tied or any(v.is_initializer() for v in tied):
+            count = self._narrow(node, index, bits, made)
+            if (operand, bits) in made and operand.is_graph_output():
+                _hand_out(self._graph, operand, made[operand, bits])
+            return count
+        return sum(
+            self._narrow_sources(producer, list(producer.inputs).index(value), bits, made)
+            for value in tied
+        )
+
+    def _narrow(
+        self, node: ir.Node, index: int, bits: int, made: dict[tuple[ir.Value, int], ir.Value]
+    ) -> int:
+        value = node.inputs[index]
+        if value is None or self._group_bits(value) <= bits:
+            return 0
+        count = 0
+        if (value, bits) not in made:
+            made[value, bits] = self._insert(value, bits)
+            count = 1
+        node.replace_input_with(index, made[value, bits])
+        return count
+
+    def _group_bits(self, value: ir.Value) -> int:
+        """Width of a value, looking through the layout operators that made it."""
+        producer = value.producer()
+        tied = layout_inputs(producer) if producer is not None else []
+        return max((self._group_bits(v) for v in tied), default=0) or self.bits(value)
+
+    def _insert(self, value: ir.Value, bits: int) -> ir.Value:
+        name = f"{value.name}_requantized"
+        point = ir.node("Identity", [value], name=name)
+        output = point.outputs[0]
+        output.name, output.type, output.shape = name, value.type, value.shape
+        producer = value.producer()
+        if producer is None:
+            first = next(iter(self._graph))
+            self._graph.insert_before(first, point)
+        else:
+            self._graph.insert_after(producer, point)
+        self._bits[output] = bits
+        return output
+
+    def _wanted_by_consumers(self, value: ir.Value) -> int:
+        users = list(_users_through_layout(value))
+        return (
+            self._scheme.linear_bits
+            if any(user in self._linears for user in users)
+            else self._scheme.kv_bits
+        )
+
+
+def _hand_out(graph: ir.Graph, wide: ir.Value, narrow: ir.Value) -> None:
+    """Lets the graph return the narrow form of a cache, under the name the wide one had."""
+    for index, output in enumerate(graph.outputs):
+        if output is wide:
+            graph.outputs[index] = narrow
+    name, narrow_name = wide.name, narrow.name
+    wide.name = None
+    narrow.name = name
+    wide.name = f"{narrow_name}_from"
+
+
+def _is_requantize_point(node: ir.Node) -> bool:
+    return node.op_type == "Identity" and is_float(node.outputs[0])
+
+
+def _users_through_layout(value: ir.Value) -> Iterable[ir.Node]:
+    """Computing nodes that take a value, looking through layout operators."""
+    for user in value.consumers():
+        if layout_inputs(user):
+            for output in user.outputs:
+                yield from _users_through_layout(output)
+        else:
+            yield user
+
+
+def _feeds_residual_or_output(value: ir.Value) -> bool:
+    if value.is_graph_output():
+        return True
+    for user in value.consumers():
+        if layout_inputs(user):
+            if any(_feeds_residual_or_output(output) for output in user.outputs):
+                return True
+        elif user.op_type == "Add" and not any(
+            v is None or v.is_initializer() for v in user.inputs
+        ):
+            return True
+    return False
+
+
+def _reaches_output(node: ir.Node) -> bool:
+    return any(
+        value.is_graph_output()
+        or any(layout_inputs(user) and _reaches_output(user) for user in value.consumers())
+        for value in node.outputs
+    )
+
+
+def _separate_roles(graph: ir.Graph, linears: dict[ir.Node, Linear]) -> int:
+    """Gives an initializer one name per role: weight by channel axis, bias, anything else."""
+    roles: dict[ir.Value, dict[str, list[tuple[ir.Node, int]]]] = {}
+    for value in list(graph.initializers.values()):
+        if not is_float(value):
+            continue
+        for node, index in value.uses():
+            linear = linears.get(node)
+            role = "other"
+            if linear is not None and linear.weight is value:
+                role = f"weight{linear.channel_axis}"
+            elif linear is not None and linear.bias is value:
+                # A bias's scale comes from its own linear, so two linears cannot share one.
+                role = f"bias of {node.name}"
+            roles.setdefault(value, {}).setdefault(role, []).append((node, index))
+    count = 0
+    for value, uses_by_role in roles.items():
+        for uses in list(uses_by_role.values())[1:]:
+            _rename_uses(graph, value, uses)
+            count += 1
+    return count
+
+
+def _rename_uses(graph: ir.Graph, value: ir.Value, uses: list[tuple[ir.Node, int]]) -> None:
+    tensor = value.const_value
+    if tensor is None:
+        return
+    name = unique_initializer_name(graph, value.name or "")
+    twin = like(value, name)
+    twin.const_value = tensor
+    graph.register_initializer(twin)
+    for node, index in uses:
+        node.replace_input_with(index, twin)

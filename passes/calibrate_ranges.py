@@ -1,0 +1,153 @@
+"""calibrate-ranges: measure every tensor's range on data, holding one segment at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.op_traits import FIXED_RANGES, is_float, is_layout_copy, is_standard
+from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
+from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
+from qnpu.compiler.rules import NonFiniteActivation, NonFiniteWeight
+from qnpu.runtime_check.observer import Observer, RangeMethod, channel_range
+from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
+from qnpu.runtime_check.session import Feeds
+
+# At 4 bits clipping the tails of a channel gains more than it loses; at 8 it does not.
+_SEARCH_BITS = 4
+
+
+@dataclass(frozen=True)
+class CalibrateRanges(Pass):
+    """Fills the encoding table: weights from themselves, activations from calibration data.
+
+    The graph is not changed. Each segment (about a decoder layer) runs on all batches before the
+    next one; only statistics stay. Layout copies are not measured: unify-encodings gives them the
+    encoding of what they copy. Ranges known from the operator (Softmax, Sigmoid, Tanh) are not
+    measured either: s = (high - low) / 2^b, so that the scale is a power of two.
+
+    Peak memory: the model's weights, one segment's activations of one batch, and the values that
+    cross a segment border for all batches.
+
+    Raises:
+        DiagnosticError: QN107 a weight, QN304 an activation is NaN or infinite.
+
+    Attributes:
+        batches: one feed dictionary per run of the graph.
+        method: range of activations.
+        segment_bytes: activations per segment.
+        progress: called with fraction done.
+    """
+
+    name: ClassVar[str] = "calibrate-ranges"
+    consumes: ClassVar[Stage] = Stage.PLANNED
+    produces: ClassVar[Stage] = Stage.ENCODED
+
+    batches: Sequence[Feeds]
+    method: RangeMethod = RangeMethod.MIN_MAX
+    segment_bytes: int = SEGMENT_BYTES
+    progress: ProgressCallback = no_progress
+
+    def run(self, compilation: Compilation) -> int:
+        before = len(compilation.encodings)
+        _encode_constants(compilation)
+        _encode_fixed(compilation)
+        self._encode_measured(compilation)
+        return len(compilation.encodings) - before
+
+    def _encode_measured(self, compilation: Compilation) -> None:
+        plan, table = compilation.bit_plan, compilation.encodings
+        graph = compilation.graph
+        wanted = {
+            value.name or ""
+            for node in graph
+            for value in node.outputs
+            if value.name in plan and value.name not in table and not is_layout_copy(value)
+        }
+        observers = {name: Observer() for name in sorted(wanted)}
+        for value in graph.inputs:
+            if value.name in plan:
+                observers[value.name] = self._observe_input(value.name)
+        rounds = 1 + int(self.method.needs_histogram)
+        runner = SegmentRunner(compilation.model, self.batches, self.segment_bytes)
+        total = len(runner.segments) * len(self.batches) * rounds
+        looks: dict[str, int] = dict.fromkeys(wanted, 0)
+        for done, step in enumerate(runner.stream(wanted, rounds), start=1):
+            for name, array in step.values.items():
+                if looks[name] < len(self.batches):
+                    observers[name].look(array, self.method)
+                else:
+                    observers[name].look_again(array)
+                looks[name] += 1
+            self.progress("calibrate", min(done / total, 1.0))
+        self.progress("calibrate", 1.0)
+        faults = [
+            NonFiniteActivation(name).at(value=name)
+            for name, observer in observers.items()
+            if not observer.finite
+        ]
+        if faults:
+            raise DiagnosticError(faults)
+        for name, observer in observers.items():
+            low, high = observer.value_range(self.method, plan[name])
+            table[name] = Encoding.from_range(plan[name], np.float64(low), np.float64(high))
+
+    def _observe_input(self, name: str) -> Observer:
+        observer = Observer()
+        for feeds in self.batches:
+            observer.look(feeds[name], self.method)
+        if self.method.needs_histogram:
+            for feeds in self.batches:
+                observer.look_again(feeds[name])
+        return observer
+
+
+def _encode_constants(compilation: Compilation) -> None:
+    """Weights per channel, other constants per tensor; 32-bit biases wait for their inputs."""
+    plan, table = compilation.bit_plan, compilation.encodings
+    faults: list[Diagnostic] = []
+    for name, value in compilation.graph.initializers.items():
+        array = constant_array(value)
+        if name not in plan or name in table or array is None or not is_float(value):
+            continue
+        bad = int(array.size - np.isfinite(array).sum())
+        if bad:
+            faults.append(NonFiniteWeight(bad).at(value=name))
+            continue
+        spec = plan[name]
+        if spec.bits < 32:
+            table[name] = _encode_constant(array, spec)
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def _encode_constant(array: np.ndarray, spec: QuantSpec) -> Encoding:
+    if isinstance(spec.granularity, PerChannel):
+        search = spec.bits <= _SEARCH_BITS
+        low, high = channel_range(array, spec, spec.granularity.axis, search=search)
+        return Encoding.from_range(spec, low, high)
+    if array.size == 0:
+        return Encoding.from_range(spec, np.float64(0.0), np.float64(0.0))
+    return Encoding.from_range(spec, np.float64(array.min()), np.float64(array.max()))
+
+
+def _encode_fixed(compilation: Compilation) -> None:
+    plan, table = compilation.bit_plan, compilation.encodings
+    for node in compilation.graph:
+        if node.op_type in FIXED_RANGES and is_standard(node):
+            name = node.outputs[0].name or ""
+            if name in plan and name not in table:
+                table[name] = fixed_encoding(plan[name], *FIXED_RANGES[node.op_type])
+
+
+def fixed_encoding(spec: QuantSpec, low: float, high: float) -> Encoding:
+    """Encoding of a range that the operator guarantees: power-of-two scale, zero on a code."""
+    bits = spec.bits if not spec.signed or low < 0 else spec.bits - 1
+    scale = np.float32((high - low) / 2**bits)
+    zero = 2 ** (spec.bits - 1) if low < 0 and not spec.signed else 0
+    return Encoding(spec, np.asarray(scale, np.float32), np.asarray(zero, np.int32))

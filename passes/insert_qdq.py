@@ -1,0 +1,134 @@
+"""insert-qdq: write encodings into the graph as QuantizeLinear / DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import add_initializer, constant_array, like, register_tensor
+from qnpu.compiler.op_traits import float_values, is_float
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quant_types import Encoding, PerChannel
+from qnpu.compiler.rules import MissingEncoding
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """Puts a Q/DQ pair on every float tensor and stores constants as integers.
+
+    Before → after::
+
+        h = MatMul(x, W)
+
+        h = MatMul(x_dequantized, W_dequantized)       W_dequantized = DQ(W_quantized, scale[N], 0)
+        h_quantized = Q(h, h_scale, h_zero_point)
+        h_dequantized = DQ(h_quantized, h_scale, h_zero_point)
+
+    q = clamp(round(x / s) + z), x̂ = s · (q - z); half to even, as QuantizeLinear-23. Zero points
+    are explicit everywhere (a default one is uint8). A requantize point's Identity becomes its
+    Q/DQ pair alone. Graph outputs keep their names and are the dequantized values.
+
+    Must not fire on integer tensors. Raises QN303 for a float tensor without an encoding.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    consumes: ClassVar[Stage] = Stage.ENCODED
+    produces: ClassVar[Stage] = Stage.QDQ
+
+    def run(self, compilation: Compilation) -> int:
+        graph, table = compilation.graph, compilation.encodings
+        values = float_values(graph)
+        _check_complete(values, table)
+        for value in values:
+            encoding = table[value.name or ""]
+            if value.is_initializer():
+                _store_quantized(graph, value, encoding)
+            else:
+                _insert_pair(graph, value, encoding)
+        for node in list(graph):
+            if node.op_type == "Identity" and is_float(node.outputs[0]) and node.inputs[0]:
+                node.outputs[0].replace_all_uses_with(node.inputs[0])
+                graph.remove(node, safe=True)
+        common.TopologicalSortPass()(compilation.model)
+        return len(values)
+
+
+def _check_complete(values: list[ir.Value], table: EncodingTable) -> None:
+    missing = [v.name or "" for v in values if v.name not in table]
+    if missing:
+        raise DiagnosticError([MissingEncoding(name).at(value=name) for name in missing])
+
+
+def _store_quantized(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
+    name = value.name or ""
+    array = constant_array(value)
+    if array is None:
+        return
+    codes = ir.tensor(encoding.quantize(array), dtype=encoding.spec.dtype, name=f"{name}_quantized")
+    quantized = register_tensor(graph, codes)
+    dequantize = _dequantize(graph, name, quantized, encoding, like(value, f"{name}_dequantized"))
+    _insert_first(graph, dequantize)
+    value.replace_all_uses_with(dequantize.outputs[0], replace_graph_outputs=True)
+    del graph.initializers[name]
+
+
+def _insert_pair(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
+    name = value.name or ""
+    dequantized = like(value, f"{name}_dequantized")
+    if value.is_graph_output():
+        value.name, dequantized.name = f"{name}_unquantized", name
+    uses = list(value.uses())
+    value.replace_all_uses_with(dequantized, replace_graph_outputs=True)
+    scale, zero_point = _parameters(graph, name, encoding)
+    quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}_QuantizeLinear")
+    quantized = quantize.outputs[0]
+    quantized.name, quantized.shape = f"{name}_quantized", value.shape
+    quantized.type = ir.TensorType(encoding.spec.dtype)
+    dequantize = ir.node(
+        "DequantizeLinear",
+        [quantized, scale, zero_point],
+        outputs=[dequantized],
+        name=f"{name}_DequantizeLinear",
+    )
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, [quantize, dequantize])
+    elif uses or dequantized.is_graph_output():
+        graph.insert_before(next(iter(graph)), [quantize, dequantize])
+
+
+def _dequantize(
+    graph: ir.Graph, name: str, quantized: ir.Value, encoding: Encoding, output: ir.Value
+) -> ir.Node:
+    scale, zero_point = _parameters(graph, name, encoding)
+    attributes = {}
+    if isinstance(encoding.spec.granularity, PerChannel):
+        attributes["axis"] = encoding.spec.granularity.axis
+    return ir.node(
+        "DequantizeLinear",
+        [quantized, scale, zero_point],
+        attributes,
+        outputs=[output],
+        name=f"{name}_DequantizeLinear",
+    )
+
+
+def _parameters(graph: ir.Graph, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
+    codes = encoding.zero_point.astype(np.int32)
+    if encoding.spec.bits < 32:
+        narrow = codes.astype(np.int8) if encoding.spec.bits == 4 else codes
+        codes = narrow.astype(encoding.spec.code_dtype)
+    zero_point = ir.tensor(codes, dtype=encoding.spec.dtype, name=f"{name}_zero_point")
+    return add_initializer(graph, f"{name}_scale", encoding.scale), register_tensor(
+        graph, zero_point
+    )
+
+
+def _insert_first(graph: ir.Graph, node: ir.Node) -> None:
+    graph.insert_before(next(iter(graph)), node)

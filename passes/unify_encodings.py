@@ -1,0 +1,101 @@
+"""unify-encodings: tensors that layout operators tie together get one encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.op_traits import FIXED_RANGES, Linear, as_linear, encoding_groups
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quant_types import Encoding
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class UnifyEncodings(Pass):
+    """Merges encodings over Reshape, Transpose, Slice, Concat … and derives those of biases.
+
+    Before → after (encodings as real ranges)::
+
+        a: [-1, 2], b: [-3, 1], c = Concat(a, b): none
+        a, b, c: [-3, 2]
+
+    An NPU moves codes in these operators, it does not requantize (targets.md). A range fixed by
+    the producing operator wins where it covers the others.
+
+    Bias: scale s_x · s_w of shape (channels,), zero point 0, so that codes add to the int32
+    accumulator. Where a bias would pass 2³¹ LSB, its weight's channel gets the larger scale that
+    lets it fit.
+
+    Must not fire on groups that agree already.
+    """
+
+    name: ClassVar[str] = "unify-encodings"
+    consumes: ClassVar[Stage] = Stage.ENCODED
+    produces: ClassVar[Stage] = Stage.ENCODED
+
+    def run(self, compilation: Compilation) -> int:
+        table = compilation.encodings
+        count = 0
+        for group in encoding_groups(compilation.graph):
+            members = [value.name or "" for value in group]
+            known = [table[name] for name in members if name in table]
+            if not known or (len(members) == 1):
+                continue
+            fixed = [
+                table[value.name or ""]
+                for value in group
+                if (node := value.producer()) is not None and node.op_type in FIXED_RANGES
+            ]
+            merged = _merge(known, fixed)
+            for name in members:
+                if name not in table or not table[name].same_as(merged):
+                    table[name] = merged
+                    count += 1
+        for node in compilation.graph:
+            linear = as_linear(node)
+            if linear is not None and linear.bias is not None:
+                count += _derive_bias(linear, compilation)
+        return count
+
+
+def _merge(known: list[Encoding], fixed: list[Encoding]) -> Encoding:
+    if all(encoding.same_as(known[0]) for encoding in known):
+        return known[0]
+    low = min(float(encoding.low) for encoding in known)
+    high = max(float(encoding.high) for encoding in known)
+    for encoding in fixed:
+        if float(encoding.low) <= low and float(encoding.high) >= high:
+            return encoding
+    return Encoding.from_range(known[0].spec, np.float64(low), np.float64(high))
+
+
+def _derive_bias(linear: Linear, compilation: Compilation) -> int:
+    table = compilation.encodings
+    bias, weight, activation = (
+        v.name or "" for v in (linear.bias, linear.weight, linear.activation) if v is not None
+    )
+    spec = compilation.bit_plan.specs.get(bias)
+    array = constant_array(linear.bias)
+    if spec is None or array is None or not _all_in(table, weight, activation):
+        return 0
+    least = np.abs(array.astype(np.float64)) / _INT32_MAX / float(table[activation].scale)
+    if bool((least > table[weight].scale).any()):
+        old = table[weight]
+        raised = np.maximum(old.scale, np.nextafter(least.astype(np.float32), np.float32(np.inf)))
+        table[weight] = Encoding(old.spec, raised, old.zero_point)
+    scale = (table[activation].scale * table[weight].scale).astype(np.float32)
+    derived = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
+    if bias in table and table[bias].same_as(derived):
+        return 0
+    table[bias] = derived
+    return 1
+
+
+def _all_in(table: EncodingTable, *names: str) -> bool:
+    return all(name in table for name in names)
