@@ -57,7 +57,7 @@ def read_text(source: str | None, *, split: Split) -> tuple[str, str]:
 
 
 def built_in_text(split: Split) -> str:
-    """About 470 kB (calibration) or 190 kB (evaluation) of English technical prose.
+    """About 270 kB (calibration) or 140 kB (evaluation) of English technical prose.
 
     CPython's help topics, in key order: every third topic is for evaluation. Some topics quote
     others whole, so evaluation leaves out each paragraph that calibration holds too.
