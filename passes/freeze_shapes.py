@@ -81,9 +81,7 @@ class FreezeShapes(Pass):
                 bound += 1
         if bound:
             _forget_symbolic_shapes(graph)
-            common.ShapeInferencePass(strict_mode=False, check_type=False)(
-                compilation.model
-            )
+            common.ShapeInferencePass(strict_mode=False, check_type=False)(compilation.model)
         return bound
 
     def _check_names(self, graph: ir.Graph) -> None:

@@ -45,10 +45,12 @@ class InsertQdq(Pass):
         graph, table = compilation.graph, compilation.encodings
         values = float_values(graph)
         _check_complete(values, table)
+        position = {node: index for index, node in enumerate(graph)}
         for value in values:
             encoding = table[value.name or ""]
             if value.is_initializer():
-                _store_quantized(graph, value, encoding)
+                first_user = min(value.consumers(), key=position.__getitem__)
+                _store_quantized(graph, value, encoding, first_user)
             else:
                 _insert_pair(graph, value, encoding)
         for node in list(graph):
@@ -65,7 +67,10 @@ def _check_complete(values: list[ir.Value], table: EncodingTable) -> None:
         raise DiagnosticError([MissingEncoding(name).at(value=name) for name in missing])
 
 
-def _store_quantized(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
+def _store_quantized(
+    graph: ir.Graph, value: ir.Value, encoding: Encoding, first_user: ir.Node
+) -> None:
+    """Dequantizes just before the first use, so that no float weight lives longer than needed."""
     name = value.name or ""
     array = constant_array(value)
     if array is None:
@@ -73,7 +78,7 @@ def _store_quantized(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> No
     codes = ir.tensor(encoding.quantize(array), dtype=encoding.spec.dtype, name=f"{name}_quantized")
     quantized = register_tensor(graph, codes)
     dequantize = _dequantize(graph, name, quantized, encoding, like(value, f"{name}_dequantized"))
-    _insert_first(graph, dequantize)
+    graph.insert_before(first_user, dequantize)
     value.replace_all_uses_with(dequantize.outputs[0], replace_graph_outputs=True)
     del graph.initializers[name]
 
@@ -128,7 +133,3 @@ def _parameters(graph: ir.Graph, name: str, encoding: Encoding) -> tuple[ir.Valu
     return add_initializer(graph, f"{name}_scale", encoding.scale), register_tensor(
         graph, zero_point
     )
-
-
-def _insert_first(graph: ir.Graph, node: ir.Node) -> None:
-    graph.insert_before(next(iter(graph)), node)

@@ -1,0 +1,115 @@
+"""What a compile is asked to do: one frozen dataclass, filled from TOML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from qnpu.compiler.bit_plan import Scheme
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.rules import InvalidConfig, MissingFile
+from qnpu.compiler.target import DEFAULT_TARGET, load_target
+from qnpu.runtime_check.observer import RangeMethod
+
+
+@dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """Options of ``qnpu-compile``; field names are the keys of a TOML file.
+
+    Attributes:
+        scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
+        target: name of a target profile.
+        calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
+        tokenizer: folder or Hugging Face id; empty: the one found with the model.
+        calib_windows: windows of text to calibrate on.
+        seq_len: tokens per run of the graph.
+        range_method: how activation ranges are taken from data.
+        mask_value: constant that replaces minus infinity in attention masks, real.
+        freeze_dims: dimension name or ``input:axis`` → size.
+        keep_inputs: inputs that freeze-shapes must not bind.
+        eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
+        eval_windows: windows to measure perplexity on; 0 for none.
+        bos: ``none``, ``stream`` or ``window``: where a BOS token goes.
+        exporter: ``dynamo`` or ``optimum``, for models that are not ONNX yet.
+        seed: for built-in random models.
+    """
+
+    scheme: str = "w8a16"
+    target: str = DEFAULT_TARGET
+    calib: str = ""
+    tokenizer: str = ""
+    calib_windows: int = 8
+    seq_len: int = 512
+    range_method: str = RangeMethod.MSE.value
+    mask_value: float = -50.0
+    freeze_dims: Mapping[str, int] = field(default_factory=dict)
+    keep_inputs: tuple[str, ...] = ()
+    eval_text: str = ""
+    eval_windows: int = 4
+    bos: str = "none"
+    exporter: str = "dynamo"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: DiagnosticError: QN501, QN502 or QN503 for a value that cannot be meant."""
+        Scheme.parse(self.scheme)
+        load_target(self.target)
+        _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
+        _check_choice("bos", self.bos, ["none", "stream", "window"])
+        _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
+        _check_least("calib_windows", self.calib_windows, 1)
+        _check_least("eval_windows", self.eval_windows, 0)
+        _check_least("seq_len", self.seq_len, 2)
+        if not -1e4 < self.mask_value < 0:
+            _fail("mask_value", f"{self.mask_value:g} is not between -10000 and 0")
+        for name, size in self.freeze_dims.items():
+            _check_least(f"freeze_dims.{name}", size, 0)
+
+    def to_json(self) -> dict[str, object]:
+        """A plain dictionary, as written to report.json."""
+        return dataclasses.asdict(self)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Keys and values of a TOML file, checked against ``CompileConfig``.
+
+    Raises:
+        DiagnosticError: QN102 no such file, QN503 not TOML, an unknown key, or a wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=str(path))) from error
+    kinds = get_type_hints(CompileConfig)
+    for key, value in table.items():
+        if key not in kinds:
+            known = ", ".join(sorted(kinds))
+            _fail(key, f"unknown key; known are {known}", str(path))
+        if key == "keep_inputs" and isinstance(value, list):
+            table[key] = tuple(value)
+        elif key == "freeze_dims":
+            if not isinstance(value, dict) or not all(type(v) is int for v in value.values()):
+                _fail(key, "must be a table of whole numbers", str(path))
+        elif type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
+            _fail(key, f"must be {kinds[key].__name__}", str(path))
+    return table
+
+
+def _fail(key: str, reason: str, file: str = "") -> None:
+    raise DiagnosticError(InvalidConfig(key, reason).at(file=file))
+
+
+def _check_choice(key: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        _fail(key, f"`{value}` is not one of {', '.join(choices)}")
+
+
+def _check_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        _fail(key, f"{value} is less than {least}")

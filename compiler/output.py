@@ -1,0 +1,144 @@
+"""Writing results: complete or not at all, and never over what an earlier compile did not write."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.rules import CannotWrite, WouldOverwrite
+
+REPORT_NAME = "report.json"
+_PROTOBUF_LIMIT = 2**31 - 2**20
+_CHUNK = 2**22
+
+Writer = Callable[[Path], None]
+"""Writes one file, under the path given, and whatever belongs beside it."""
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Writes an ONNX file; weights go to ``<name>.data`` beside it from 2 GB on."""
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    external = f"{path.name}.data" if size > _PROTOBUF_LIMIT else None
+    if external is None:
+        # A lazily loaded weight must be stored inside, not as a reference to the input's file.
+        ir.external_data.load_to_model(model)
+    ir.save(model, path, external_data=external)
+
+
+def write_json(value: object, path: Path) -> None:
+    """Writes JSON with sorted-as-given keys and a final newline; the same value, the same bytes."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_overwrite(folder: Path, names: list[str]) -> None:
+    """Checks that files to be written are absent or an earlier compile's, unchanged.
+
+    Raises:
+        DiagnosticError: QN902 for each file that is not.
+    """
+    ours = _written_before(folder)
+    faults = [
+        WouldOverwrite(str(folder / name)).at(file=str(folder / name))
+        for name in names
+        if os.path.lexists(folder / name)
+        and not (name == REPORT_NAME and ours)
+        and (name not in ours or ours[name] != hash_file(folder / name))
+    ]
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def _written_before(folder: Path) -> dict[str, str]:
+    """File name → SHA-256, as the folder's report.json lists them; empty where there is none."""
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text("utf-8"))
+        outputs = report["outputs"]
+        return {str(name): str(entry["sha256"]) for name, entry in outputs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_outputs(folder: Path, writers: Mapping[str, Writer], report: dict[str, object]) -> None:
+    """Writes all files beside their final place, then renames them into it, the report last.
+
+    On any failure, Ctrl-C included, the folder is left as it was. Adds ``outputs`` (size and hash
+    of each file) to the report.
+
+    Args:
+        folder: made if absent.
+        writers: file name → what writes it.
+        report: becomes report.json.
+
+    Raises:
+        DiagnosticError: QN901 no space, no permission, a read-only or missing parent; QN902.
+    """
+    check_overwrite(folder, [*writers, REPORT_NAME])
+    with _reported(folder), _scratch_folder(folder) as scratch:
+        for name, write in writers.items():
+            write(scratch / name)
+        files = sorted(path.name for path in scratch.iterdir())
+        check_overwrite(folder, files)
+        report["outputs"] = {
+            name: {"bytes": (scratch / name).stat().st_size, "sha256": hash_file(scratch / name)}
+            for name in files
+        }
+        write_json(report, scratch / REPORT_NAME)
+        for path in scratch.iterdir():
+            _flush(path)
+        for name in [*files, REPORT_NAME]:
+            (scratch / name).replace(folder / name)
+
+
+@contextmanager
+def _scratch_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside ``folder``; both go again on failure if this call made them."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".qnpu-", dir=folder))
+    done = False
+    try:
+        yield scratch
+        done = True
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not done:
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+
+@contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into QN901."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason += "; nothing was left behind"
+        raise DiagnosticError(CannotWrite(str(folder), reason).at(file=str(folder))) from error
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

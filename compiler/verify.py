@@ -1,0 +1,147 @@
+"""What a graph may hold at each stage; checked after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import onnx_ir as ir
+
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.op_traits import float_values, is_float, is_layout_copy, layout_inputs
+from qnpu.compiler.pass_base import Compilation, Stage
+from qnpu.compiler.rules import StageViolation
+
+_QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_MAX_FAULTS = 20
+
+Fault = tuple[str, str, str]
+"""Reason, node name, value name."""
+
+
+def verify_stage(compilation: Compilation) -> None:
+    """Checks the graph and the side tables against the stage the last pass claims.
+
+    Raises:
+        DiagnosticError: QN903, the first 20 faults.
+    """
+    stage = compilation.stage
+    faults = islice(_all_faults(compilation), _MAX_FAULTS)
+    diagnostics: list[Diagnostic] = [
+        StageViolation(stage.value, reason).at(node=node, value=value)
+        for reason, node, value in faults
+    ]
+    if diagnostics:
+        raise DiagnosticError(diagnostics)
+
+
+def _all_faults(compilation: Compilation) -> Iterator[Fault]:
+    yield from _structure(compilation.graph)
+    for check in _CHECKS[compilation.stage]:
+        yield from check(compilation)
+
+
+def _structure(graph: ir.Graph) -> Iterator[Fault]:
+    """Names are unique, each value is made before it is used."""
+    seen: set[str] = set()
+    ready: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    for value in ready:
+        seen.add(value.name or "")
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in ready:
+                yield f"`{value.name}` is used before it is made", node.name or "", value.name or ""
+        for value in node.outputs:
+            ready.add(value)
+            if value.name and value.name in seen:
+                yield "two values have this name", node.name or "", value.name
+            seen.add(value.name or "")
+
+
+def _no_qdq(compilation: Compilation) -> Iterator[Fault]:
+    for node in compilation.graph:
+        if node.op_type in _QDQ_OPS:
+            yield f"`{node.op_type}` is already there", node.name or "", ""
+
+
+def _planned(compilation: Compilation) -> Iterator[Fault]:
+    for value in float_values(compilation.graph):
+        if value.name not in compilation.bit_plan:
+            yield "float tensor is not in the bit plan", "", value.name or ""
+
+
+def _encoded(compilation: Compilation) -> Iterator[Fault]:
+    plan = compilation.bit_plan
+    for value in float_values(compilation.graph):
+        name = value.name or ""
+        if name in plan and plan[name].bits < 32 and not is_layout_copy(value):
+            if name not in compilation.encodings:
+                yield "float tensor has no encoding", "", name
+            elif compilation.encodings[name].spec != plan[name]:
+                yield "encoding is not of the planned type", "", name
+
+
+def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
+    graph = compilation.graph
+    for node in graph:
+        if node.op_type == "DequantizeLinear":
+            continue
+        if node.op_type != "QuantizeLinear":
+            for value in node.inputs:
+                if value is not None and is_float(value) and not _is_dequantized(value):
+                    yield (
+                        "computes on a float that is not dequantized",
+                        node.name or "",
+                        str(value.name),
+                    )
+        for value in node.outputs:
+            users = value.consumers()
+            if is_float(value) and any(user.op_type != "QuantizeLinear" for user in users):
+                yield (
+                    "float result is used without being quantized",
+                    node.name or "",
+                    str(value.name),
+                )
+    for value in graph.outputs:
+        if is_float(value) and not _is_dequantized(value):
+            yield "float output is not dequantized", "", value.name or ""
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _layout_shares(compilation: Compilation) -> Iterator[Fault]:
+    """Around a layout operator all encodings are the same numbers."""
+    for node in compilation.graph:
+        tied = layout_inputs(node)
+        if not tied:
+            continue
+        encodings = [_parameters_of(v.producer()) for v in tied]
+        for output in node.outputs:
+            encodings += [
+                _parameters_of(user)
+                for user in output.consumers()
+                if user.op_type == "QuantizeLinear"
+            ]
+        if any(encoding != encodings[0] for encoding in encodings):
+            yield "layout operator changes the encoding", node.name or "", ""
+
+
+def _parameters_of(node: ir.Node | None) -> tuple[bytes, ...] | None:
+    if node is None or node.op_type not in _QDQ_OPS:
+        return None
+    tensors = [v.const_value for v in node.inputs[1:] if v is not None]
+    return tuple(tensor.tobytes() for tensor in tensors if tensor is not None)
+
+
+Check = Callable[[Compilation], Iterator[Fault]]
+
+_CHECKS: dict[Stage, tuple[Check, ...]] = {
+    Stage.FLOAT: (_no_qdq,),
+    Stage.PLANNED: (_no_qdq, _planned),
+    Stage.ENCODED: (_no_qdq, _planned, _encoded),
+    Stage.QDQ: (_every_edge_quantized, _layout_shares),
+    Stage.INTEGER: (),
+}

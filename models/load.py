@@ -1,0 +1,237 @@
+"""From what the user names to a model: files, folders, Hugging Face ids and built-ins."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.rules import MissingFile, UnknownModel
+from qnpu.models.built_ins import BUILT_INS, BuiltIn, gguf_file
+from qnpu.models.gguf_header import MAGIC, read_header
+from qnpu.models.gguf_tokenizer import tokenizer_from_gguf
+from qnpu.models.onnx_file import load_onnx
+from qnpu.models.quiet import first_line, quiet, require
+from qnpu.models.tiny_decoder import tiny_decoder
+from qnpu.models.tokenizer import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    ByteTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+    tokenizer_from_transformers,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "BUILT_INS",
+    "BuiltIn",
+    "LoadedModel",
+    "ModelSource",
+    "Tokenizer",
+    "load_onnx",
+    "load_tokenizer",
+    "load_torch",
+    "resolve",
+]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_TIMEOUT = 10.0  # seconds
+_TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "spiece.model")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that was found but not read.
+
+    Attributes:
+        kind: how to load it.
+        location: a file, a folder, a Hugging Face id, or a key of ``BUILT_INS``.
+        name: short, fit for a file name and for display.
+    """
+
+    kind: Literal["onnx", "gguf", "hf", "builtin"]
+    location: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A float torch model ready for export.
+
+    Attributes:
+        model: transformers causal language model; eval mode, eager attention, no gradients.
+        tokenizer: None where the model comes without one.
+        name: short, fit for a file name.
+    """
+
+    model: Any
+    tokenizer: Tokenizer | None
+    name: str
+
+
+def resolve(model: str) -> ModelSource:
+    """Find what a name on the command line means; the first of these that fits.
+
+    1. a file that exists, or a name that ends in ``.onnx`` or ``.gguf``;
+    2. a folder with config.json and weights, or with exactly one .onnx or .gguf file;
+    3. a key of ``BUILT_INS``;
+    4. a Hugging Face id ``org/name`` whose config.json can be fetched or is cached.
+
+    Raises:
+        DiagnosticError: QN102 the file does not exist; QN113 nothing fits; QN114 an id needs
+            transformers, which is not installed.
+    """
+    path = Path(model)
+    suffix = path.suffix.lower()
+    if model and path.is_dir():
+        return _resolve_folder(path)
+    if path.is_file() or suffix in (".onnx", ".gguf"):
+        return _resolve_file(path)
+    if model in BUILT_INS:
+        return ModelSource("builtin", model, model)
+    if _HUB_ID.fullmatch(model):
+        _check_hub(model)
+        return ModelSource("hf", model, model.rpartition("/")[2])
+    near = difflib.get_close_matches(model, BUILT_INS, n=1, cutoff=0.5)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    raise _unknown(model, f"no such file, folder, built-in or org/name id{hint}")
+
+
+def load_torch(source: ModelSource, *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load the float model and its tokenizer; GGUF weights are dequantized.
+
+    Args:
+        source: of any kind but "onnx".
+        dtype: of the weights, float32 by default.
+
+    Raises:
+        DiagnosticError: QN113 the model cannot be loaded, with the reason; QN114 a package is
+            missing; QN102 a file is.
+        ValueError: the source is an ONNX file.
+    """
+    if source.kind == "onnx":
+        raise ValueError("an ONNX file is read with load_onnx")
+    require("torch", "transformers")
+    import torch  # noqa: PLC0415
+
+    built_in = BUILT_INS[source.location] if source.kind == "builtin" else None
+    if built_in and built_in.architecture:
+        model = tiny_decoder(built_in.architecture)
+    else:
+        folder, options = source.location, {}
+        if source.kind != "hf":
+            require("gguf", "accelerate")
+            file = _gguf_path(source)
+            read_header(file)  # a clear error before a slow load
+            folder, options = str(file.parent), {"gguf_file": file.name}
+        model = _from_pretrained(source.location, folder, options)
+    model = model.to(dtype or torch.float32).eval().requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(source), source.name)
+
+
+def load_tokenizer(source: ModelSource | str | Path) -> Tokenizer | None:
+    """The tokenizer of a model, without loading the model.
+
+    Args:
+        source: a resolved model, or anything ``resolve`` takes, or a tokenizer.json, or a folder
+            with one. For an ONNX file it is looked for in the same folder.
+
+    Returns:
+        None where an ONNX file or a folder has no tokenizer files.
+
+    Raises:
+        DiagnosticError: QN102, QN113 or QN114, as for models.
+    """
+    if not isinstance(source, ModelSource):
+        path = Path(source)
+        if path.is_dir():
+            return _folder_tokenizer(path)
+        if path.suffix.lower() == ".json":
+            return tokenizer_from_json(_existing(path))
+        source = resolve(str(source))
+    if source.kind == "onnx":
+        return _folder_tokenizer(Path(source.location).parent)
+    if source.kind == "hf":
+        folder = Path(source.location)
+        if folder.is_dir():
+            return _folder_tokenizer(folder)
+        return tokenizer_from_transformers(source.location)
+    if source.kind == "builtin" and BUILT_INS[source.location].architecture:
+        return ByteTokenizer()
+    return tokenizer_from_gguf(_gguf_path(source))
+
+
+def _unknown(model: str, reason: str) -> DiagnosticError:
+    return DiagnosticError(UnknownModel(model, reason).at())
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DiagnosticError(MissingFile(str(path)).at(file=str(path)))
+    return path
+
+
+def _resolve_file(path: Path) -> ModelSource:
+    with _existing(path).open("rb") as file:
+        gguf = file.read(len(MAGIC)) == MAGIC or path.suffix.lower() == ".gguf"
+    return ModelSource("gguf" if gguf else "onnx", str(path), path.stem)
+
+
+def _resolve_folder(path: Path) -> ModelSource:
+    name = path.resolve().name
+    weights = any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS)
+    if weights and (path / "config.json").is_file():
+        return ModelSource("hf", str(path), name)
+    for kind in ("onnx", "gguf"):
+        found = sorted(path.glob(f"*.{kind}"))
+        if len(found) == 1:
+            return _resolve_file(found[0])
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise _unknown(str(path), f"the folder holds several models ({names}); name one")
+    reason = "the folder has neither config.json with weights nor exactly one .onnx or .gguf file"
+    raise _unknown(str(path), reason)
+
+
+def _check_hub(model: str) -> None:
+    require("transformers")
+    with quiet():
+        from huggingface_hub import hf_hub_download  # noqa: PLC0415
+
+        try:
+            hf_hub_download(model, "config.json", etag_timeout=_HUB_TIMEOUT)
+        except Exception as error:  # of huggingface_hub, requests and the system
+            reason = f"no such folder, and not from Hugging Face: {first_line(error)}"
+            raise _unknown(model, reason) from error
+
+
+def _gguf_path(source: ModelSource) -> Path:
+    return gguf_file(source.location) if source.kind == "builtin" else Path(source.location)
+
+
+def _from_pretrained(shown: str, folder: str, options: dict[str, str]) -> Any:
+    with quiet():
+        import torch  # noqa: PLC0415
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", **options
+            )
+        except Exception as error:  # a wrong file fails anywhere in transformers
+            raise _unknown(shown, first_line(error)) from error
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer | None:
+    if (folder / TOKENIZER_JSON).is_file():
+        return tokenizer_from_json(folder / TOKENIZER_JSON)
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return tokenizer_from_transformers(str(folder))
+    return None

@@ -1,0 +1,153 @@
+"""How far one set of numbers is from another: SQNR, cosine, LSB, KL divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qnpu.compiler.op_traits import is_float, is_layout_copy
+from qnpu.compiler.pass_base import ProgressCallback, no_progress
+from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
+from qnpu.runtime_check.session import Array, Feeds
+
+
+def sqnr_db(reference: Array, other: Array) -> float:
+    """Signal-to-quantization-noise ratio, dB: 10·log10(Σ ref² / Σ (ref - other)²).
+
+    Infinite where both are equal; -inf where only the reference is zero.
+    """
+    reference64 = reference.astype(np.float64)
+    noise = float(((reference64 - other) ** 2).sum())
+    signal = float((reference64**2).sum())
+    if noise == 0.0:
+        return float("inf")
+    return 10.0 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def cosine(reference: Array, other: Array) -> float:
+    """Cosine of the angle between two tensors seen as vectors; 1 where both are zero."""
+    a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if norms == 0.0:
+        return float(np.array_equal(a, b))
+    return float(a @ b) / norms
+
+
+def lsb_difference(reference: Array, other: Array, scale: float) -> NDArray[np.int64]:
+    """Difference of two dequantized tensors in LSB of ``scale``, rounded to whole codes."""
+    steps = (other.astype(np.float64) - reference.astype(np.float64)) / scale
+    return np.rint(steps).astype(np.int64)
+
+
+def mean_kl(reference_logits: Array, other_logits: Array) -> float:
+    """Mean KL(reference ‖ other) over rows, nats; logits of shape (rows, classes)."""
+    log_p, log_q = log_softmax(reference_logits), log_softmax(other_logits)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+
+
+def log_softmax(logits: Array) -> NDArray[np.float64]:
+    """Log-probabilities over the last axis, float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+@dataclass(frozen=True, slots=True)
+class TensorComparison:
+    """One tensor of the float graph against its dequantized twin.
+
+    Attributes:
+        name: value name in the float graph.
+        sqnr_db: see ``sqnr_db``.
+        cosine: see ``cosine``.
+        max_abs_error: real units.
+    """
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    max_abs_error: float
+
+
+def compare_graphs(
+    float_model: ir.Model,
+    qdq_model: ir.Model,
+    feeds: Feeds,
+    *,
+    segment_bytes: int = SEGMENT_BYTES,
+    progress: ProgressCallback = no_progress,
+) -> list[TensorComparison]:
+    """Runs both graphs on one batch, in step, and compares every computed tensor.
+
+    Both are streamed by segments; a tensor is dropped once its twin has come. Layout copies are
+    left out: they hold the elements of tensors that are compared.
+
+    Args:
+        float_model: the graph that encodings were made for.
+        qdq_model: the same after insert-qdq.
+        feeds: one batch.
+        segment_bytes: activations per segment.
+        progress: called with fraction done.
+
+    Returns:
+        Comparisons in graph order.
+    """
+    twins = _twins(float_model, qdq_model)
+    names = {twin: name for name, twin in twins.items()}
+    waiting: dict[str, Array] = {}
+    results: dict[str, TensorComparison] = {}
+    streams = [
+        _values(float_model, feeds, set(twins), segment_bytes),
+        _values(qdq_model, feeds, set(names), segment_bytes),
+    ]
+    arrived = [0, 0]
+    finished = [False, False]
+    while not all(finished):
+        side = int(finished[0] or (not finished[1] and arrived[1] < arrived[0]))
+        item = next(streams[side], None)
+        if item is None:
+            finished[side] = True
+            continue
+        name = item[0] if side == 0 else names[item[0]]
+        arrived[side] += 1
+        if name not in waiting:
+            waiting[name] = item[1]
+            continue
+        first = waiting.pop(name)
+        reference, other = (item[1], first) if side == 0 else (first, item[1])
+        results[name] = _compare(name, reference, other)
+        progress("compare", len(results) / len(twins))
+    return [results[name] for name in twins if name in results]
+
+
+def _twins(float_model: ir.Model, qdq_model: ir.Model) -> dict[str, str]:
+    """Float value name → name of its dequantized twin."""
+    produced = {v.name for node in qdq_model.graph for v in node.outputs}
+    outputs = {v.name for v in qdq_model.graph.outputs}
+    twins: dict[str, str] = {}
+    for node in float_model.graph:
+        for value in node.outputs:
+            name = value.name or ""
+            if not is_float(value) or is_layout_copy(value):
+                continue
+            twin = name if name in outputs else f"{name}_dequantized"
+            if twin in produced:
+                twins[name] = twin
+    return twins
+
+
+def _values(
+    model: ir.Model, feeds: Feeds, wanted: set[str], segment_bytes: int
+) -> Iterator[tuple[str, Array]]:
+    for step in SegmentRunner(model, [feeds], segment_bytes).stream(wanted):
+        yield from step.values.items()
+
+
+def _compare(name: str, reference: Array, other: Array) -> TensorComparison:
+    error = float(np.abs(reference - other).max()) if reference.size else 0.0
+    return TensorComparison(name, sqnr_db(reference, other), cosine(reference, other), error)

@@ -1,0 +1,140 @@
+"""Turns calibration and evaluation data into feed dictionaries for a graph's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.graph_edit import static_shape
+from qnpu.compiler.rules import CalibrationMismatch, NoCalibrationData
+from qnpu.runtime_check.session import Array, Feeds
+
+
+class FeedSource(Protocol):
+    """Anything that can feed a graph."""
+
+    def feeds(self, inputs: Sequence[ir.Value]) -> list[Feeds]:
+        """One feed dictionary per run.
+
+        Raises:
+            DiagnosticError: QN301 where shapes or names differ, QN305 where an input gets no data.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWindows:
+    """Token ids for a language model.
+
+    Attributes:
+        windows: int64, shape (windows, tokens). Other usual inputs follow from it: a mask of ones,
+            positions from zero, token types of zero.
+    """
+
+    windows: NDArray[np.int64]
+
+    def feeds(self, inputs: Sequence[ir.Value]) -> list[Feeds]:
+        """See ``FeedSource``; each window is one run of batch size 1."""
+        by_name: list[tuple[str, ir.Value, NDArray[Any]]] = []
+        faults: list[Diagnostic] = []
+        count, tokens = self.windows.shape
+        for value in inputs:
+            name = value.name or ""
+            rows = self._rows(name)
+            if rows is None:
+                reason = f"text gives token ids; input `{name}` wants something else"
+                faults.append(NoCalibrationData(reason).at(value=name))
+            elif static_shape(value) != (1, tokens):
+                reason = f"windows are (1, {tokens}), the graph takes {value.shape}"
+                faults.append(CalibrationMismatch(name, reason).at(value=name))
+            else:
+                by_name.append((name, value, rows))
+        if faults:
+            raise DiagnosticError(faults)
+        return [
+            {name: row[i : i + 1].astype(_dtype(value)) for name, value, row in by_name}
+            for i in range(count)
+        ]
+
+    def _rows(self, name: str) -> NDArray[np.int64] | None:
+        match name:
+            case "input_ids":
+                return self.windows
+            case "attention_mask":
+                return np.ones_like(self.windows)
+            case "position_ids":
+                return np.broadcast_to(np.arange(self.windows.shape[1]), self.windows.shape)
+            case "token_type_ids":
+                return np.zeros_like(self.windows)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySamples:
+    """Arrays by input name, as in an .npz file.
+
+    Attributes:
+        arrays: input name → array whose first axis counts samples; an input of shape (b, …) takes
+            b of them at a time.
+    """
+
+    arrays: Mapping[str, Array]
+
+    def feeds(self, inputs: Sequence[ir.Value]) -> list[Feeds]:
+        """See ``FeedSource``."""
+        faults: list[Diagnostic] = []
+        runs: dict[str, int] = {}
+        for value in inputs:
+            name = value.name or ""
+            reason = self._fault(name, value)
+            if reason:
+                faults.append(CalibrationMismatch(name, reason).at(value=name))
+            else:
+                runs[name] = len(self.arrays[name]) // (static_shape(value) or (1,))[0]
+        known = {value.name for value in inputs}
+        faults += [
+            CalibrationMismatch(name, "the graph has no such input").at(value=name)
+            for name in self.arrays
+            if name not in known
+        ]
+        if len(set(runs.values())) > 1:
+            reason = f"arrays give different numbers of runs: {runs}"
+            faults.append(CalibrationMismatch(next(iter(runs)), reason).at())
+        if faults:
+            raise DiagnosticError(faults)
+        return [self._run(inputs, index) for index in range(min(runs.values(), default=0))]
+
+    def _fault(self, name: str, value: ir.Value) -> str:
+        """Why the array does not fit the input; empty where it does."""
+        if name not in self.arrays:
+            return "no array of this name"
+        array, shape = self.arrays[name], static_shape(value)
+        if shape is None or not shape:
+            return "the input has no static shape with a first axis"
+        if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
+            return f"array is {array.shape}, the graph takes {shape}"
+        if len(array) == 0 or len(array) % shape[0]:
+            return f"{len(array)} samples do not fill runs of {shape[0]}"
+        if array.dtype.kind not in "fiub" or (array.dtype.kind == "f") != (
+            _dtype(value).kind == "f"
+        ):
+            return f"array is {array.dtype}, the graph takes {value.dtype}"
+        return ""
+
+    def _run(self, inputs: Sequence[ir.Value], index: int) -> Feeds:
+        run: Feeds = {}
+        for value in inputs:
+            size = (static_shape(value) or (1,))[0]
+            rows = self.arrays[value.name or ""][index * size : (index + 1) * size]
+            run[value.name or ""] = np.ascontiguousarray(rows.astype(_dtype(value)))
+        return run
+
+
+def _dtype(value: ir.Value) -> np.dtype[Any]:
+    return np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
