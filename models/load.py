@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,7 +44,6 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_TIMEOUT = 10.0  # seconds
 _TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -125,12 +127,12 @@ def load_torch(source: ModelSource, *, dtype: torch.dtype | None = None) -> Load
     if built_in and built_in.architecture:
         model = tiny_decoder(built_in.architecture)
     else:
-        folder, options = source.location, {}
+        folder, options = source.location, _hub_options(source)
         if source.kind != "hf":
             require("gguf", "accelerate")
             file = _gguf_path(source)
             read_header(file)  # a clear error before a slow load
-            folder, options = str(file.parent), {"gguf_file": file.name}
+            folder, options = str(file.parent), {**options, "gguf_file": file.name}
         model = _from_pretrained(source.location, folder, options)
     model = model.to(dtype or torch.float32).eval().requires_grad_(False)
     return LoadedModel(model, load_tokenizer(source), source.name)
@@ -151,21 +153,18 @@ def load_tokenizer(source: ModelSource | str | Path) -> Tokenizer | None:
     """
     if not isinstance(source, ModelSource):
         path = Path(source)
-        if path.is_dir():
-            return _folder_tokenizer(path)
         if path.suffix.lower() == ".json":
             return tokenizer_from_json(_existing(path))
+        if path.is_dir():
+            return _folder_tokenizer(path)
         source = resolve(str(source))
-    if source.kind == "onnx":
-        return _folder_tokenizer(Path(source.location).parent)
-    if source.kind == "hf":
-        folder = Path(source.location)
-        if folder.is_dir():
-            return _folder_tokenizer(folder)
-        return tokenizer_from_transformers(source.location)
-    if source.kind == "builtin" and BUILT_INS[source.location].architecture:
-        return ByteTokenizer()
-    return tokenizer_from_gguf(_gguf_path(source))
+    if source.kind in ("gguf", "builtin"):
+        seeded = source.kind == "builtin" and BUILT_INS[source.location].architecture
+        return ByteTokenizer() if seeded else tokenizer_from_gguf(_gguf_path(source))
+    path = Path(source.location)
+    if source.kind == "hf" and not path.is_dir():
+        return tokenizer_from_transformers(source.location, **_hub_options(source))
+    return _folder_tokenizer(path if path.is_dir() else path.parent)
 
 
 def _unknown(model: str, reason: str) -> DiagnosticError:
@@ -202,21 +201,42 @@ def _resolve_folder(path: Path) -> ModelSource:
 
 def _check_hub(model: str) -> None:
     require("transformers")
+    reachable = _hub_reachable()
     with quiet():
         from huggingface_hub import hf_hub_download  # noqa: PLC0415
 
         try:
-            hf_hub_download(model, "config.json", etag_timeout=_HUB_TIMEOUT)
+            hf_hub_download(model, "config.json", local_files_only=not reachable)
         except Exception as error:  # of huggingface_hub, requests and the system
-            reason = f"no such folder, and not from Hugging Face: {first_line(error)}"
+            where = "Hugging Face" if reachable else "the Hugging Face cache (the hub is offline)"
+            reason = f"no such folder, and not from {where}: {first_line(error)}"
             raise _unknown(model, reason) from error
+
+
+def _hub_reachable() -> bool:
+    """Whether to try the hub: offline it would retry for 23 seconds for each file."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return not constants.HF_HUB_OFFLINE
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _hub_options(source: ModelSource) -> dict[str, Any]:
+    local = source.kind != "hf" or Path(source.location).is_dir() or not _hub_reachable()
+    return {"local_files_only": local}
 
 
 def _gguf_path(source: ModelSource) -> Path:
     return gguf_file(source.location) if source.kind == "builtin" else Path(source.location)
 
 
-def _from_pretrained(shown: str, folder: str, options: dict[str, str]) -> Any:
+def _from_pretrained(shown: str, folder: str, options: dict[str, Any]) -> Any:
     with quiet():
         import torch  # noqa: PLC0415
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
