@@ -108,3 +108,11 @@ class DiagnosticError(Exception):
     def codes(self) -> list[str]:
         """Codes in order of report; what tests match on."""
         return [d.code for d in self.diagnostics]
+
+
+def first_line(error: BaseException, *, limit: int = 300) -> str:
+    """An exception as one line: the first line of its text that says something, else its type."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()[:limit]
+    return type(error).__name__

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 
-def constant_array(value: ir.Value | None) -> NDArray[np.generic] | None:
+def name_of(item: ir.Value | ir.Node) -> str:
+    """The name of a value or node; empty where it has none."""
+    return item.name or ""
+
+
+def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of a constant value, or None where it is not constant."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
-def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Registers a new initializer under ``name`` or, where taken, ``name_1``, ``name_2`` …"""
     return register_tensor(graph, ir.tensor(array, name=unique_initializer_name(graph, name)))
 
@@ -27,11 +32,16 @@ def register_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(
         name=tensor.name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=shape_of(tensor),
         const_value=tensor,
     )
     graph.register_initializer(value)
     return value
+
+
+def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
+    """The shape of a constant, which is always static."""
+    return ir.Shape([int(d) for d in tensor.shape.numpy()])
 
 
 def unique_initializer_name(graph: ir.Graph, name: str) -> str:
@@ -81,7 +91,7 @@ def subgraph_proto(
     for node in nodes:
         for value in node.inputs:
             if value is not None and value.is_initializer():
-                initializers[value.name or ""] = value
+                initializers[name_of(value)] = value
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "segment",

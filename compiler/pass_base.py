@@ -100,23 +100,25 @@ def check_order(passes: Sequence[Pass]) -> None:
 
 
 def run_passes(
-    passes: Sequence[Pass],
-    compilation: Compilation,
-    *,
-    verify: Callable[[Compilation], None],
-    progress: ProgressCallback = no_progress,
+    passes: Sequence[Pass], compilation: Compilation, *, after_pass: Callable[[Pass], None]
 ) -> dict[str, int]:
-    """Runs passes in order and verifies the graph after each.
+    """Runs passes in order.
+
+    Args:
+        passes: each must consume the stage that the one before it produces.
+        compilation: changed in place.
+        after_pass: called with each pass that is done, to verify the graph.
 
     Returns:
         Pass name → number of rewrites.
+
+    Raises:
+        ValueError: the list is out of order.
     """
     check_order(passes)
     counts: dict[str, int] = {}
-    for index, item in enumerate(passes):
-        progress("passes", index / len(passes))
+    for item in passes:
         counts[item.name] = item.run(compilation)
         compilation.stage = item.produces
-        verify(compilation)
-    progress("passes", 1.0)
+        after_pass(item)
     return counts

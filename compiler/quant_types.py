@@ -81,12 +81,12 @@ class QuantSpec:
         """Lowest code in use, LSB."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + int(self.symmetric)
+        return -(1 << (self.bits - 1)) + int(self.symmetric)
 
     @property
     def q_max(self) -> int:
         """Highest code, LSB."""
-        return 2 ** (self.bits - int(self.signed)) - 1
+        return (1 << (self.bits - int(self.signed))) - 1
 
     def __str__(self) -> str:
         kind = "s" if self.signed else "u"
@@ -115,7 +115,9 @@ class Encoding:
             raise ValueError("scale must be finite and positive")
 
     @classmethod
-    def from_range(cls, spec: QuantSpec, low: FloatArray, high: FloatArray) -> Encoding:
+    def from_range(
+        cls, spec: QuantSpec, low: float | FloatArray, high: float | FloatArray
+    ) -> Encoding:
         """The encoding whose codes span ``[low, high]``, widened to hold zero.
 
         Symmetric (quantnpu §Setting): s = max(|low|, |high|) / (2^(b-1) - 1), z at the middle.

@@ -813,6 +813,35 @@ class StageViolation(Rule):
         return "report this with the model, unless the pass is your own"
 
 
+@dataclass(frozen=True, slots=True)
+class InternalError(Rule):
+    """What it checks
+        Reports a failure that no other rule foresees.
+
+    Why it matters
+        It is a fault of qnpu, or of a library it calls.
+
+    Example
+        ```console
+        qnpu-compile model.onnx    # and a library raises something unexpected
+        ```
+
+    How to fix
+        Run again with ``--debug`` for the traceback and report it with the model.
+    """
+
+    code: ClassVar[str] = "QN999"
+    name: ClassVar[str] = "internal-error"
+    kind: str
+    reason: str
+
+    def message(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+    def help(self) -> str:
+        return "run again with --debug and report the traceback with the model"
+
+
 def all_rules() -> list[type[Rule]]:
     """Every rule class of this module, sorted by code."""
     found = [

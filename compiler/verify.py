@@ -8,6 +8,7 @@ from itertools import islice
 import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import float_values, is_float, is_layout_copy, layout_inputs
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.rules import StageViolation
@@ -46,34 +47,34 @@ def _structure(graph: ir.Graph) -> Iterator[Fault]:
     seen: set[str] = set()
     ready: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
     for value in ready:
-        seen.add(value.name or "")
+        seen.add(name_of(value))
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value not in ready:
-                yield f"`{value.name}` is used before it is made", node.name or "", value.name or ""
+        for operand in node.inputs:
+            if operand is not None and operand not in ready:
+                yield f"`{operand.name}` is used before it is made", name_of(node), name_of(operand)
         for value in node.outputs:
             ready.add(value)
             if value.name and value.name in seen:
-                yield "two values have this name", node.name or "", value.name
-            seen.add(value.name or "")
+                yield "two values have this name", name_of(node), value.name
+            seen.add(name_of(value))
 
 
 def _no_qdq(compilation: Compilation) -> Iterator[Fault]:
     for node in compilation.graph:
         if node.op_type in _QDQ_OPS:
-            yield f"`{node.op_type}` is already there", node.name or "", ""
+            yield f"`{node.op_type}` is already there", name_of(node), ""
 
 
 def _planned(compilation: Compilation) -> Iterator[Fault]:
     for value in float_values(compilation.graph):
-        if value.name not in compilation.bit_plan:
-            yield "float tensor is not in the bit plan", "", value.name or ""
+        if name_of(value) not in compilation.bit_plan:
+            yield "float tensor is not in the bit plan", "", name_of(value)
 
 
 def _encoded(compilation: Compilation) -> Iterator[Fault]:
     plan = compilation.bit_plan
     for value in float_values(compilation.graph):
-        name = value.name or ""
+        name = name_of(value)
         if name in plan and plan[name].bits < 32 and not is_layout_copy(value):
             if name not in compilation.encodings:
                 yield "float tensor has no encoding", "", name
@@ -91,7 +92,7 @@ def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
                 if value is not None and is_float(value) and not _is_dequantized(value):
                     yield (
                         "computes on a float that is not dequantized",
-                        node.name or "",
+                        name_of(node),
                         str(value.name),
                     )
         for value in node.outputs:
@@ -99,12 +100,12 @@ def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
             if is_float(value) and any(user.op_type != "QuantizeLinear" for user in users):
                 yield (
                     "float result is used without being quantized",
-                    node.name or "",
+                    name_of(node),
                     str(value.name),
                 )
     for value in graph.outputs:
         if is_float(value) and not _is_dequantized(value):
-            yield "float output is not dequantized", "", value.name or ""
+            yield "float output is not dequantized", "", name_of(value)
 
 
 def _is_dequantized(value: ir.Value) -> bool:
@@ -126,7 +127,7 @@ def _layout_shares(compilation: Compilation) -> Iterator[Fault]:
                 if user.op_type == "QuantizeLinear"
             ]
         if any(encoding != encodings[0] for encoding in encodings):
-            yield "layout operator changes the encoding", node.name or "", ""
+            yield "layout operator changes the encoding", name_of(node), ""
 
 
 def _parameters_of(node: ir.Node | None) -> tuple[bytes, ...] | None:

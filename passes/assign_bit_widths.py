@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qnpu.compiler.bit_plan import BitPlan, Scheme
-from qnpu.compiler.graph_edit import like, unique_initializer_name
+from qnpu.compiler.graph_edit import like, name_of, unique_initializer_name
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
@@ -78,14 +78,14 @@ class AssignBitWidths(Pass):
         for node, linear in linears.items():
             bits = self.scheme.head_bits if node is head else self.scheme.weight_bits
             weight = QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
-            roles[linear.weight.name or ""] = weight
+            roles[name_of(linear.weight)] = weight
             if linear.bias is not None:
-                roles[linear.bias.name or ""] = QuantSpec(32, True, True, PerChannel(0))
+                roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
         for group in encoding_groups(compilation.graph):
             bits = max(wanted.bits(value) for value in group)
             for value in group:
                 spec = compilation.target.activation_spec(bits)
-                plan.specs[value.name or ""] = roles.get(value.name or "", spec)
+                plan.specs[name_of(value)] = roles.get(name_of(value), spec)
         return plan
 
 
@@ -259,7 +259,7 @@ def _rename_uses(graph: ir.Graph, value: ir.Value, uses: list[tuple[ir.Node, int
     tensor = value.const_value
     if tensor is None:
         return
-    name = unique_initializer_name(graph, value.name or "")
+    name = unique_initializer_name(graph, name_of(value))
     twin = like(value, name)
     twin.const_value = tensor
     graph.register_initializer(twin)

@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
-from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_checks import non_finite_weights
+from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import FIXED_RANGES, is_float, is_layout_copy, is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
-from qnpu.compiler.rules import NonFiniteActivation, NonFiniteWeight
+from qnpu.compiler.rules import NonFiniteActivation
+from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.observer import Observer, RangeMethod, channel_range
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
 from qnpu.runtime_check.session import Feeds
@@ -35,10 +37,11 @@ class CalibrateRanges(Pass):
     cross a segment border for all batches.
 
     Raises:
-        DiagnosticError: QN107 a weight, QN304 an activation is NaN or infinite.
+        DiagnosticError: QN107 a weight, QN304 an activation is NaN or infinite; QN301, QN305 the
+            data do not fit the graph's inputs.
 
     Attributes:
-        batches: one feed dictionary per run of the graph.
+        data: what to run the graph on.
         method: range of activations.
         segment_bytes: activations per segment.
         progress: called with fraction done.
@@ -48,7 +51,7 @@ class CalibrateRanges(Pass):
     consumes: ClassVar[Stage] = Stage.PLANNED
     produces: ClassVar[Stage] = Stage.ENCODED
 
-    batches: Sequence[Feeds]
+    data: FeedSource
     method: RangeMethod = RangeMethod.MIN_MAX
     segment_bytes: int = SEGMENT_BYTES
     progress: ProgressCallback = no_progress
@@ -57,29 +60,30 @@ class CalibrateRanges(Pass):
         before = len(compilation.encodings)
         _encode_constants(compilation)
         _encode_fixed(compilation)
-        self._encode_measured(compilation)
+        self._encode_measured(compilation, self.data.feeds(compilation.graph.inputs))
         return len(compilation.encodings) - before
 
-    def _encode_measured(self, compilation: Compilation) -> None:
+    def _encode_measured(self, compilation: Compilation, batches: Sequence[Feeds]) -> None:
         plan, table = compilation.bit_plan, compilation.encodings
         graph = compilation.graph
         wanted = {
-            value.name or ""
+            name_of(value)
             for node in graph
             for value in node.outputs
-            if value.name in plan and value.name not in table and not is_layout_copy(value)
+            if name_of(value) in plan and name_of(value) not in table and not is_layout_copy(value)
         }
         observers = {name: Observer() for name in sorted(wanted)}
         for value in graph.inputs:
-            if value.name in plan:
-                observers[value.name] = self._observe_input(value.name)
+            name = name_of(value)
+            if name in plan:
+                observers[name] = self._observe_input(name, batches)
         rounds = 1 + int(self.method.needs_histogram)
-        runner = SegmentRunner(compilation.model, self.batches, self.segment_bytes)
-        total = len(runner.segments) * len(self.batches) * rounds
+        runner = SegmentRunner(compilation.model, batches, self.segment_bytes)
+        total = len(runner.segments) * len(batches) * rounds
         looks: dict[str, int] = dict.fromkeys(wanted, 0)
         for done, step in enumerate(runner.stream(wanted, rounds), start=1):
             for name, array in step.values.items():
-                if looks[name] < len(self.batches):
+                if looks[name] < len(batches):
                     observers[name].look(array, self.method)
                 else:
                     observers[name].look_again(array)
@@ -95,14 +99,14 @@ class CalibrateRanges(Pass):
             raise DiagnosticError(faults)
         for name, observer in observers.items():
             low, high = observer.value_range(self.method, plan[name])
-            table[name] = Encoding.from_range(plan[name], np.float64(low), np.float64(high))
+            table[name] = Encoding.from_range(plan[name], low, high)
 
-    def _observe_input(self, name: str) -> Observer:
+    def _observe_input(self, name: str, batches: Sequence[Feeds]) -> Observer:
         observer = Observer()
-        for feeds in self.batches:
+        for feeds in batches:
             observer.look(feeds[name], self.method)
         if self.method.needs_histogram:
-            for feeds in self.batches:
+            for feeds in batches:
                 observer.look_again(feeds[name])
         return observer
 
@@ -110,20 +114,16 @@ class CalibrateRanges(Pass):
 def _encode_constants(compilation: Compilation) -> None:
     """Weights per channel, other constants per tensor; 32-bit biases wait for their inputs."""
     plan, table = compilation.bit_plan, compilation.encodings
-    faults: list[Diagnostic] = []
+    faults = non_finite_weights(compilation.graph)
+    if faults:
+        raise DiagnosticError(faults)
     for name, value in compilation.graph.initializers.items():
         array = constant_array(value)
         if name not in plan or name in table or array is None or not is_float(value):
             continue
-        bad = int(array.size - np.isfinite(array).sum())
-        if bad:
-            faults.append(NonFiniteWeight(bad).at(value=name))
-            continue
         spec = plan[name]
         if spec.bits < 32:
             table[name] = _encode_constant(array, spec)
-    if faults:
-        raise DiagnosticError(faults)
 
 
 def _encode_constant(array: np.ndarray, spec: QuantSpec) -> Encoding:
@@ -132,15 +132,15 @@ def _encode_constant(array: np.ndarray, spec: QuantSpec) -> Encoding:
         low, high = channel_range(array, spec, spec.granularity.axis, search=search)
         return Encoding.from_range(spec, low, high)
     if array.size == 0:
-        return Encoding.from_range(spec, np.float64(0.0), np.float64(0.0))
-    return Encoding.from_range(spec, np.float64(array.min()), np.float64(array.max()))
+        return Encoding.from_range(spec, 0.0, 0.0)
+    return Encoding.from_range(spec, float(array.min()), float(array.max()))
 
 
 def _encode_fixed(compilation: Compilation) -> None:
     plan, table = compilation.bit_plan, compilation.encodings
     for node in compilation.graph:
         if node.op_type in FIXED_RANGES and is_standard(node):
-            name = node.outputs[0].name or ""
+            name = name_of(node.outputs[0])
             if name in plan and name not in table:
                 table[name] = fixed_encoding(plan[name], *FIXED_RANGES[node.op_type])
 

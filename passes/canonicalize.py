@@ -7,22 +7,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.version_converter
 from onnx_ir.passes import common
 
-from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
-from qnpu.compiler.graph_edit import add_initializer, constant_array, replace_value, static_shape
-from qnpu.compiler.op_traits import is_float, is_standard
-from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.rules import (
-    ControlFlow,
-    UnknownOperator,
-    UnsupportedFloatType,
-    UnsupportedOpset,
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, first_line
+from qnpu.compiler.graph_checks import (
+    control_flow,
+    unknown_operators,
+    unsupported_float_types,
 )
+from qnpu.compiler.graph_edit import (
+    add_initializer,
+    constant_array,
+    name_of,
+    replace_value,
+    shape_of,
+    static_shape,
+)
+from qnpu.compiler.op_traits import is_standard
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.rules import UnsupportedOpset
 
 OPSET = 23
 _IR_VERSION = 11
@@ -60,7 +66,7 @@ class Canonicalize(Pass):
         model = compilation.model
         changes = int(bool(common.InlinePass()(model).modified))
         changes += int(bool(common.RemoveInitializersFromInputsPass()(model).modified))
-        _check_operators(model)
+        _raise_any(unknown_operators(model))
         changes += _raise_opset(model)
         _name_nodes(model.graph)
         for _ in range(_MAX_ROUNDS):
@@ -68,7 +74,7 @@ class Canonicalize(Pass):
             changes += round_changes
             if not round_changes:
                 break
-        _check_result(model)
+        _raise_any([*control_flow(model.graph), *unsupported_float_types(model.graph)])
         return changes
 
 
@@ -103,7 +109,7 @@ def _simplify(model: ir.Model) -> int:
         clean(model)
     for value in graph.initializers.values():
         if value.const_value is not None:  # a folded value keeps the symbols it was inferred with
-            value.shape = ir.Shape(value.const_value.shape)
+            value.shape = shape_of(value.const_value)
     common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
     return changes + before - graph.num_nodes()
 
@@ -113,31 +119,7 @@ def _should_fold(node: ir.Node) -> bool | None:
     return True if node.op_type == "ConstantOfShape" and is_standard(node) else None
 
 
-def _check_operators(model: ir.Model) -> None:
-    faults: list[Diagnostic] = []
-    for node in model.graph.all_nodes():
-        version = model.graph.opset_imports.get(node.domain or "", 1)
-        if not onnx.defs.has(node.op_type, version, node.domain or ""):
-            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            faults.append(UnknownOperator(operator).at(node=node.name or ""))
-    if faults:
-        raise DiagnosticError(faults)
-
-
-def _check_result(model: ir.Model) -> None:
-    graph = model.graph
-    faults = [
-        ControlFlow(node.op_type).at(node=node.name or "")
-        for node in graph
-        if any(a.type is ir.AttributeType.GRAPH for a in node.attributes.values())
-    ]
-    values = [*graph.inputs, *graph.initializers.values()]
-    values += [v for node in graph for v in node.outputs]
-    faults += [
-        UnsupportedFloatType(str(value.dtype)).at(value=value.name or "")
-        for value in values
-        if is_float(value) and value.dtype is not ir.DataType.FLOAT
-    ]
+def _raise_any(faults: list[Diagnostic]) -> None:
     if faults:
         raise DiagnosticError(faults)
 
@@ -149,8 +131,7 @@ def _raise_opset(model: ir.Model) -> int:
     try:
         onnxscript.version_converter.convert_version(model, OPSET, fallback=True)
     except Exception as error:  # the onnx converter raises bare RuntimeError and its own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise DiagnosticError(UnsupportedOpset(version, reason).at()) from error
+        raise DiagnosticError(UnsupportedOpset(version, first_line(error)).at()) from error
     reached = model.graph.opset_imports.get("", version)
     if reached < OPSET:
         raise DiagnosticError(UnsupportedOpset(version, f"conversion stops at {reached}").at())
@@ -173,10 +154,10 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> int:
     if source is None or source.const_value is None or not source.is_initializer():
         return 0
     order = node.attributes.get_ints("perm", tuple(reversed(range(len(source.const_value.shape)))))
-    name = output.name or ""
+    name = name_of(output)
     tensor = ir.tensor(source.const_value.numpy().transpose(order), name=name)
     output.name = None
-    value = ir.Value(name=name, type=output.type, shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(name=name, type=output.type, shape=shape_of(tensor), const_value=tensor)
     graph.register_initializer(value)
     replace_value(graph, output, value)
     graph.remove(node, safe=True)
@@ -257,10 +238,12 @@ def _bias_into_gemm(graph: ir.Graph, node: ir.Node) -> int:
         return 0
     for product, bias in (node.inputs, node.inputs[::-1]):
         matmul = product.producer() if product is not None else None
-        if matmul is None or matmul.op_type != "MatMul" or len(product.uses()) > 1:
+        if product is None or matmul is None or matmul.op_type != "MatMul":
+            continue
+        if len(product.uses()) > 1 or product.is_graph_output():
             continue
         source, weight = matmul.inputs
-        if product.is_graph_output() or source is None or weight is None or bias is None:
+        if source is None or weight is None or bias is None:
             continue
         weight_shape, source_shape = static_shape(weight), static_shape(source)
         if (
@@ -282,7 +265,7 @@ def _emit_gemm(
     graph: ir.Graph, add: ir.Node, source: ir.Value, weight: ir.Value, bias: ir.Value
 ) -> None:
     output = add.outputs[0]
-    name = output.name or ""
+    name = name_of(output)
     source_shape, weight_shape = static_shape(source) or (), static_shape(weight) or ()
     rows = int(np.prod(source_shape[:-1]))
     new_nodes: list[ir.Node] = []

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qnpu.compiler.graph_edit import add_initializer, constant_array
+from qnpu.compiler.graph_edit import add_initializer, constant_array, name_of
 from qnpu.compiler.op_traits import is_float, is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.rules import MaskReplaced
@@ -61,12 +61,12 @@ class CanonicalizeMask(Pass):
                 new_values[value] = add_initializer(graph, name, raised.astype(np.float32))
                 old = float(array.min())
                 rule = MaskReplaced(old, self.mask_value)
-                compilation.diagnostics.append(rule.at(value=value.name or ""))
+                compilation.diagnostics.append(rule.at(value=name_of(value)))
             node.replace_input_with(index, new_values[value])
             count += 1
         for value in new_values:
             if not value.uses() and not value.is_graph_output():
-                del graph.initializers[value.name or ""]
+                del graph.initializers[name_of(value)]
         return count
 
 

@@ -9,7 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.graph_edit import add_initializer, constant_array, replace_value, static_shape
+from qnpu.compiler.graph_edit import (
+    add_initializer,
+    constant_array,
+    name_of,
+    replace_value,
+    static_shape,
+)
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
@@ -109,7 +115,7 @@ def _table(
     tables: dict[tuple[str, int], ir.Value],
 ) -> ir.Value:
     """The table with a head axis, (1, 1, S, half); one copy for all nodes that use it."""
-    key = (value.name or "", half)
+    key = (name_of(value), half)
     if key not in tables:
         tables[key] = add_initializer(graph, f"{value.name}_row", array[:, None, :, :half])
     return tables[key]

@@ -12,10 +12,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
-from qnpu.compiler.graph_edit import register_tensor, static_shape
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_checks import dynamic_dimensions
+from qnpu.compiler.graph_edit import name_of, register_tensor, static_shape
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.rules import DynamicDimension, InputBound, InvalidConfig
+from qnpu.compiler.rules import InputBound, InvalidConfig
 
 _BATCH_NAMES = frozenset({"batch", "batch_size"})
 _TOKEN_INPUTS = frozenset({"input_ids", "inputs_embeds", "position_ids", "token_type_ids"})
@@ -66,16 +67,16 @@ class FreezeShapes(Pass):
         by_name = self._conventional_sizes(graph)
         by_name |= self.dims
         bound = 0
-        missing: list[Diagnostic] = []
         for value in graph.inputs:
-            bound += self._bind(value, by_name, missing)
+            bound += self._bind(value, by_name)
+        missing = dynamic_dimensions(graph)
         if missing:
             raise DiagnosticError(missing)
         for value in list(graph.inputs):
             content = self._constant_content(value)
             if content is not None:
                 array, description = content
-                name = value.name or ""
+                name = name_of(value)
                 compilation.diagnostics.append(InputBound(name, description).at(value=name))
                 _bind_input(graph, value, array)
                 bound += 1
@@ -86,7 +87,12 @@ class FreezeShapes(Pass):
 
     def _check_names(self, graph: ir.Graph) -> None:
         known = {v.name for v in graph.inputs}
-        symbols = {str(d.value) for v in graph.inputs for d in v.shape or () if _is_symbol(d)}
+        symbols = {
+            str(dim.value)
+            for value in graph.inputs
+            for dim in value.shape or ()
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+        }
         symbols |= {f"{v.name}:{axis}" for v in graph.inputs for axis in range(len(v.shape or ()))}
         faults = [
             InvalidConfig(f"--freeze-dim {name}", "no input has this dimension")
@@ -106,7 +112,7 @@ class FreezeShapes(Pass):
         total = self.sequence_length + self.past_length
         sizes = dict.fromkeys(_BATCH_NAMES, 1)
         for value in graph.inputs:
-            name = value.name or ""
+            name = name_of(value)
             if name in _TOKEN_INPUTS:
                 sizes |= {f"{name}:0": 1, f"{name}:1": self.sequence_length}
             elif name == "attention_mask":
@@ -115,7 +121,7 @@ class FreezeShapes(Pass):
                 sizes |= {f"{name}:0": 1, f"{name}:2": self.past_length}
         return sizes
 
-    def _bind(self, value: ir.Value, sizes: Mapping[str, int], missing: list[Diagnostic]) -> int:
+    def _bind(self, value: ir.Value, sizes: Mapping[str, int]) -> int:
         dims = list(value.shape or ())
         bound = 0
         for axis, dim in enumerate(dims):
@@ -126,8 +132,6 @@ class FreezeShapes(Pass):
             usual = [sizes.get(f"{value.name}:{axis}"), sizes.get(symbol)]
             size = next((s for s in (*explicit, *usual) if s is not None), None)
             if size is None:
-                name = symbol if dim.value is not None else f"{value.name}:{axis}"
-                missing.append(DynamicDimension(name, value.name or "").at(value=value.name or ""))
                 continue
             dims[axis] = size
             bound += 1
@@ -152,10 +156,6 @@ class FreezeShapes(Pass):
             case "token_type_ids":
                 return np.zeros(shape, dtype), "0 everywhere"
         return None
-
-
-def _is_symbol(dim: int | ir.SymbolicDim) -> bool:
-    return isinstance(dim, ir.SymbolicDim) and dim.value is not None
 
 
 def _bind_input(graph: ir.Graph, value: ir.Value, array: NDArray[np.generic]) -> None:

@@ -40,7 +40,8 @@ class FuseNormalization(Pass):
     def run(self, compilation: Compilation) -> int:
         count = 0
         for rule in (_RmsNormWithGain(), _RmsNorm(), _LayerNorm()):
-            count += RewriteRuleSet([rule.rule()], commute=True).apply_to_model(compilation.model)
+            rules = RewriteRuleSet([rule.rule()], commute=True)  # type: ignore[no-untyped-call]
+            count += rules.apply_to_model(compilation.model)
         if count:
             common.RemoveUnusedNodesPass()(compilation.model)
         return count
@@ -56,14 +57,14 @@ def _normalize(op: Any, x: Any, rms: Any) -> Any:
     return OrValue([op.Mul(x, inverse), op.Div(x, rms)])
 
 
-class _RmsNorm(RewriteRuleClassBase):  # type: ignore[misc]
+class _RmsNorm(RewriteRuleClassBase):
     """x / sqrt(mean(x²) + ε); the gain, if any, is matched by the subclass first."""
 
     def pattern(self, op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
         inverse = op.Reciprocal(op.Sqrt(op.Add(_mean_square(op, x, axes), epsilon)))
         return op.Mul(x, inverse)
 
-    def check(
+    def check(  # type: ignore[override]
         self, context: Any, x: ir.Value, axes: ir.Value, epsilon: ir.Value, **rest: Any
     ) -> MatchResult:
         result = _check_reduction(x, axes, rest["mean_square"])
@@ -75,7 +76,7 @@ class _RmsNorm(RewriteRuleClassBase):  # type: ignore[misc]
             return result.fail("gain is not one number per feature", gain)
         return result
 
-    def rewrite(self, op: Any, x: ir.Value, epsilon: ir.Value, **rest: Any) -> ir.Value:
+    def rewrite(self, op: Any, x: ir.Value, epsilon: ir.Value, **rest: Any) -> Any:
         gain = rest.get("gain")
         if gain is None:
             gain = op.initializer(
@@ -90,7 +91,7 @@ class _RmsNormWithGain(_RmsNorm):
         return op.Mul(_normalize(op, x, rms), gain)
 
 
-class _LayerNorm(RewriteRuleClassBase):  # type: ignore[misc]
+class _LayerNorm(RewriteRuleClassBase):
     def pattern(  # noqa: PLR0917 the matcher passes one variable per name
         self, op: Any, x: Any, axes: Any, mean_axes: Any, epsilon: Any, gain: Any, bias: Any
     ) -> Any:
@@ -99,7 +100,7 @@ class _LayerNorm(RewriteRuleClassBase):  # type: ignore[misc]
         deviation = op.Sqrt(op.Add(_mean_square(op, centred, axes), epsilon))
         return op.Add(op.Mul(_normalize(op, centred, deviation), gain), bias)
 
-    def check(
+    def check(  # type: ignore[override]
         self,
         context: Any,
         x: ir.Value,
@@ -122,7 +123,7 @@ class _LayerNorm(RewriteRuleClassBase):  # type: ignore[misc]
 
     def rewrite(
         self, op: Any, x: ir.Value, epsilon: ir.Value, gain: ir.Value, bias: ir.Value, **_: Any
-    ) -> ir.Value:
+    ) -> Any:
         return op.LayerNormalization(x, gain, bias, axis=-1, epsilon=_scalar(epsilon))
 
 

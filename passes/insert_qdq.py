@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.graph_edit import add_initializer, constant_array, like, register_tensor
+from qnpu.compiler.graph_edit import add_initializer, constant_array, like, name_of, register_tensor
 from qnpu.compiler.op_traits import float_values, is_float
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding, PerChannel
@@ -47,7 +47,7 @@ class InsertQdq(Pass):
         _check_complete(values, table)
         position = {node: index for index, node in enumerate(graph)}
         for value in values:
-            encoding = table[value.name or ""]
+            encoding = table[name_of(value)]
             if value.is_initializer():
                 first_user = min(value.consumers(), key=position.__getitem__)
                 _store_quantized(graph, value, encoding, first_user)
@@ -62,7 +62,7 @@ class InsertQdq(Pass):
 
 
 def _check_complete(values: list[ir.Value], table: EncodingTable) -> None:
-    missing = [v.name or "" for v in values if v.name not in table]
+    missing = [name_of(v) for v in values if name_of(v) not in table]
     if missing:
         raise DiagnosticError([MissingEncoding(name).at(value=name) for name in missing])
 
@@ -71,7 +71,7 @@ def _store_quantized(
     graph: ir.Graph, value: ir.Value, encoding: Encoding, first_user: ir.Node
 ) -> None:
     """Dequantizes just before the first use, so that no float weight lives longer than needed."""
-    name = value.name or ""
+    name = name_of(value)
     array = constant_array(value)
     if array is None:
         return
@@ -84,7 +84,7 @@ def _store_quantized(
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
-    name = value.name or ""
+    name = name_of(value)
     dequantized = like(value, f"{name}_dequantized")
     if value.is_graph_output():
         value.name, dequantized.name = f"{name}_unquantized", name

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import FIXED_RANGES, Linear, as_linear, encoding_groups
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding
@@ -43,12 +43,12 @@ class UnifyEncodings(Pass):
         table = compilation.encodings
         count = 0
         for group in encoding_groups(compilation.graph):
-            members = [value.name or "" for value in group]
+            members = [name_of(value) for value in group]
             known = [table[name] for name in members if name in table]
             if not known or (len(members) == 1):
                 continue
             fixed = [
-                table[value.name or ""]
+                table[name_of(value)]
                 for value in group
                 if (node := value.producer()) is not None and node.op_type in FIXED_RANGES
             ]
@@ -72,13 +72,13 @@ def _merge(known: list[Encoding], fixed: list[Encoding]) -> Encoding:
     for encoding in fixed:
         if float(encoding.low) <= low and float(encoding.high) >= high:
             return encoding
-    return Encoding.from_range(known[0].spec, np.float64(low), np.float64(high))
+    return Encoding.from_range(known[0].spec, low, high)
 
 
 def _derive_bias(linear: Linear, compilation: Compilation) -> int:
     table = compilation.encodings
     bias, weight, activation = (
-        v.name or "" for v in (linear.bias, linear.weight, linear.activation) if v is not None
+        name_of(v) for v in (linear.bias, linear.weight, linear.activation) if v is not None
     )
     spec = compilation.bit_plan.specs.get(bias)
     array = constant_array(linear.bias)

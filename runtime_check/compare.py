@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import is_float, is_layout_copy
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
@@ -132,7 +133,7 @@ def _twins(float_model: ir.Model, qdq_model: ir.Model) -> dict[str, str]:
     twins: dict[str, str] = {}
     for node in float_model.graph:
         for value in node.outputs:
-            name = value.name or ""
+            name = name_of(value)
             if not is_float(value) or is_layout_copy(value):
                 continue
             twin = name if name in outputs else f"{name}_dequantized"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
-from qnpu.compiler.graph_edit import static_shape
+from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.rules import CalibrationMismatch, NoCalibrationData
 from qnpu.runtime_check.session import Array, Feeds
 
@@ -45,7 +45,7 @@ class TokenWindows:
         faults: list[Diagnostic] = []
         count, tokens = self.windows.shape
         for value in inputs:
-            name = value.name or ""
+            name = name_of(value)
             rows = self._rows(name)
             if rows is None:
                 reason = f"text gives token ids; input `{name}` wants something else"
@@ -91,7 +91,7 @@ class ArraySamples:
         faults: list[Diagnostic] = []
         runs: dict[str, int] = {}
         for value in inputs:
-            name = value.name or ""
+            name = name_of(value)
             reason = self._fault(name, value)
             if reason:
                 faults.append(CalibrationMismatch(name, reason).at(value=name))
@@ -131,8 +131,8 @@ class ArraySamples:
         run: Feeds = {}
         for value in inputs:
             size = (static_shape(value) or (1,))[0]
-            rows = self.arrays[value.name or ""][index * size : (index + 1) * size]
-            run[value.name or ""] = np.ascontiguousarray(rows.astype(_dtype(value)))
+            rows = self.arrays[name_of(value)][index * size : (index + 1) * size]
+            run[name_of(value)] = np.ascontiguousarray(rows.astype(_dtype(value)))
         return run
 
 

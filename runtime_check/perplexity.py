@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class Perplexity:
 
 def measure_perplexity(
     session: ort.InferenceSession,
-    feeds: list[Feeds],
+    feeds: Sequence[Feeds],
     *,
     logits_name: str = "logits",
     progress: ProgressCallback = no_progress,
@@ -71,6 +72,7 @@ def next_token_loss(logits: Array, ids: Array) -> NDArray[np.float64]:
     """
     rows = logits[:-1]
     peak = rows.max(axis=-1, keepdims=True)
-    total = np.exp(rows - peak).sum(axis=-1, dtype=np.float64)
+    total: NDArray[np.float64] = np.exp(rows - peak).sum(axis=-1, dtype=np.float64)
     picked = rows[np.arange(len(rows)), ids[1:]].astype(np.float64)
-    return np.log(total) + peak[:, 0] - picked
+    loss: NDArray[np.float64] = np.log(total) + peak[:, 0] - picked
+    return loss

@@ -14,7 +14,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from qnpu.compiler.graph_edit import static_shape, subgraph_proto
+from qnpu.compiler.graph_edit import name_of, static_shape, subgraph_proto
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 SEGMENT_BYTES = 64 * 2**20
@@ -86,7 +86,8 @@ def _segment(nodes: list[ir.Node], index: int, segment_of: dict[ir.Node, int]) -
 
 def _bytes(value: ir.Value) -> int:
     dims = static_shape(value) or tuple(d if isinstance(d, int) else 1 for d in (value.shape or ()))
-    return prod(dims) * (value.dtype.itemsize if value.dtype is not None else 4)
+    bits = value.dtype.bitwidth if value.dtype is not None else 32
+    return prod(dims) * bits // 8
 
 
 class SegmentRunner:
@@ -117,7 +118,7 @@ class SegmentRunner:
             DiagnosticError: QN116 where ONNX Runtime refuses a segment.
         """
         for index, segment in enumerate(self.segments):
-            outputs = {v.name or "": v for v in segment.hands_on}
+            outputs = {name_of(v): v for v in segment.hands_on}
             outputs |= {
                 v.name: v for node in segment.nodes for v in node.outputs if v.name in wanted
             }
@@ -134,10 +135,10 @@ class SegmentRunner:
         names = list(outputs)
         for _ in range(rounds):
             for batch, feeds in enumerate(self._crossing):
-                taken = {v.name or "": feeds[v.name or ""] for v in segment.takes}
+                taken = {name_of(v): feeds[name_of(v)] for v in segment.takes}
                 values = dict(zip(names, run(session, names, taken), strict=True))
                 for value in segment.hands_on:
-                    feeds[value.name or ""] = values[value.name or ""]
+                    feeds[name_of(value)] = values[name_of(value)]
                 last = batch == len(self._crossing) - 1
                 yield SegmentRun(batch, last, {n: a for n, a in values.items() if n in wanted})
 

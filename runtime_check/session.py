@@ -21,7 +21,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import GraphDoesNotRun
 
 _LOGGER = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ def open_session(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except _ORT_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DiagnosticError(GraphDoesNotRun(reason).at()) from error
+        raise DiagnosticError(GraphDoesNotRun(first_line(error)).at()) from error
 
 
 def run(session: ort.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
@@ -101,8 +100,7 @@ def run(session: ort.InferenceSession, names: Sequence[str] | None, feeds: Feeds
     try:
         return list(session.run(names, feeds))
     except _ORT_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DiagnosticError(GraphDoesNotRun(reason).at()) from error
+        raise DiagnosticError(GraphDoesNotRun(first_line(error)).at()) from error
 
 
 def _open_in_memory(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:

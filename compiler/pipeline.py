@@ -1,0 +1,221 @@
+"""The one way through: config → passes in one list → checks → files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qnpu.compiler.bit_plan import BitPlan, Scheme
+from qnpu.compiler.config import CompileConfig
+from qnpu.compiler.diagnostics import Diagnostic
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
+from qnpu.compiler.pass_base import (
+    Compilation,
+    Pass,
+    ProgressCallback,
+    no_progress,
+    run_passes,
+)
+from qnpu.compiler.target import load_target
+from qnpu.compiler.verify import verify_stage
+from qnpu.passes.assign_bit_widths import AssignBitWidths
+from qnpu.passes.calibrate_ranges import CalibrateRanges
+from qnpu.passes.canonicalize import Canonicalize
+from qnpu.passes.canonicalize_mask import CanonicalizeMask
+from qnpu.passes.decompose_rotary import DecomposeRotary
+from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.passes.fuse_normalization import FuseNormalization
+from qnpu.passes.insert_qdq import InsertQdq
+from qnpu.passes.unify_encodings import UnifyEncodings
+from qnpu.runtime_check.compare import TensorComparison, compare_graphs
+from qnpu.runtime_check.feeds import FeedSource
+from qnpu.runtime_check.observer import RangeMethod
+from qnpu.runtime_check.perplexity import Perplexity, measure_perplexity
+from qnpu.runtime_check.session import Feeds, Mode, cpu_flags, open_session, run
+
+MODEL_NAME = "model.qdq.onnx"
+LOGITS = "logits"
+_PACKAGES = ("qnpu", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
+
+
+def default_passes(
+    config: CompileConfig, calibration: FeedSource, progress: ProgressCallback = no_progress
+) -> list[Pass]:
+    """Every pass of a compile, in the order they run."""
+    return [
+        FreezeShapes(config.freeze_dims, config.seq_len, keep_inputs=config.keep_inputs),
+        Canonicalize(),
+        FuseNormalization(),
+        DecomposeRotary(),
+        CanonicalizeMask(config.mask_value),
+        AssignBitWidths(Scheme.parse(config.scheme)),
+        CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
+        UnifyEncodings(),
+        InsertQdq(),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        model: the QDQ graph.
+        float_model: the graph just before Q/DQ pairs went in; shares its weights.
+        source_model: the graph as loaded, with its shapes frozen; shares its weights.
+        bit_plan: what each tensor was to be encoded as.
+        encodings: scale and zero point of each tensor.
+        diagnostics: notes and warnings.
+        rewrites: pass name → how many places it changed.
+    """
+
+    model: ir.Model
+    float_model: ir.Model
+    source_model: ir.Model
+    bit_plan: BitPlan
+    encodings: EncodingTable
+    diagnostics: list[Diagnostic]
+    rewrites: dict[str, int]
+
+
+def compile_model(
+    model: ir.Model,
+    config: CompileConfig,
+    calibration: FeedSource,
+    progress: ProgressCallback = no_progress,
+) -> CompileResult:
+    """Float ONNX in, static QDQ out. ``model`` is changed in place.
+
+    Raises:
+        DiagnosticError: the graph, the data or the configuration does not allow it.
+    """
+    compilation = Compilation(model, load_target(config.target))
+    snapshots: dict[str, ir.Model] = {}
+
+    def after_pass(done: Pass) -> None:
+        verify_stage(compilation)
+        if done.name in (FreezeShapes.name, UnifyEncodings.name):
+            snapshots[done.name] = model.clone()
+
+    passes = default_passes(config, calibration, progress)
+    rewrites = run_passes(passes, compilation, after_pass=after_pass)
+    return CompileResult(
+        model=model,
+        float_model=snapshots[UnifyEncodings.name],
+        source_model=snapshots[FreezeShapes.name],
+        bit_plan=compilation.bit_plan,
+        encodings=compilation.encodings,
+        diagnostics=compilation.diagnostics,
+        rewrites=rewrites,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What was measured on a compiled graph.
+
+    Attributes:
+        tensors: float against dequantized, one calibration batch, in graph order.
+        source_error: max |Δ| of any output between the graph as loaded and the float graph the
+            encodings were made for, relative to max |output|.
+        perplexity: ``float`` and ``qdq``; empty for a graph that is no language model.
+    """
+
+    tensors: list[TensorComparison]
+    source_error: float
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
+
+
+def check_result(
+    result: CompileResult,
+    batch: Feeds,
+    evaluation: Sequence[Feeds],
+    progress: ProgressCallback = no_progress,
+) -> CheckResult:
+    """Runs source, float and QDQ graph on ONNX Runtime, node by node as written.
+
+    Args:
+        result: from ``compile_model``.
+        batch: one calibration batch.
+        evaluation: windows to measure perplexity on; may be empty.
+        progress: called with fraction done.
+    """
+    tensors = compare_graphs(result.float_model, result.model, batch, progress=progress)
+    source_error = _source_error(result, batch)
+    perplexity: dict[str, Perplexity] = {}
+    if evaluation and any(value.name == LOGITS for value in result.model.graph.outputs):
+        for label, model in (("float", result.float_model), ("qdq", result.model)):
+            session = open_session(model, Mode.REFERENCE)
+            perplexity[label] = measure_perplexity(
+                session,
+                evaluation,
+                logits_name=LOGITS,
+                progress=progress,
+                label=f"evaluate {label}",
+            )
+            del session
+    return CheckResult(tensors, source_error, perplexity)
+
+
+def _source_error(result: CompileResult, batch: Feeds) -> float:
+    worst = 0.0
+    names = [name_of(value) for value in result.source_model.graph.outputs]
+    expected = run(open_session(result.source_model, Mode.REFERENCE), names, batch)
+    actual = run(open_session(result.float_model, Mode.REFERENCE), names, batch)
+    for a, b in zip(expected, actual, strict=True):
+        peak = float(np.abs(a).max()) if a.size else 0.0
+        error = float(np.abs(a.astype(np.float64) - b).max()) if a.size else 0.0
+        worst = max(worst, error / peak if peak else error)
+    return worst
+
+
+def write_result(
+    folder: Path, result: CompileResult, checks: CheckResult, about: dict[str, object]
+) -> dict[str, object]:
+    """Writes model.qdq.onnx, bit_plan.json, encodings.json and report.json, all or none.
+
+    Args:
+        folder: where to.
+        result: from ``compile_model``.
+        checks: from ``check_result``.
+        about: command, input and configuration, for the report.
+
+    Returns:
+        The report. It holds nothing that differs between two equal runs, so no times.
+
+    Raises:
+        DiagnosticError: QN901, QN902.
+    """
+    writers: dict[str, Writer] = {
+        MODEL_NAME: lambda path: save_model(result.model, path),
+        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
+        "encodings.json": lambda path: write_json(result.encodings.to_json(), path),
+    }
+    report: dict[str, object] = {
+        "format": "qnpu-report",
+        "version": 1,
+        **about,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cpu_flags": cpu_flags(),
+        "rewrites": result.rewrites,
+        "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
+        "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
+        "source_error": checks.source_error,
+        "tensors": [asdict(tensor) for tensor in checks.tensors],
+    }
+    write_outputs(folder, writers, report)
+    return report
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
