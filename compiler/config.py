@@ -33,7 +33,8 @@ class CompileConfig:
         keep_inputs: inputs that freeze-shapes must not bind.
         eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
         eval_windows: windows to measure perplexity on; 0 for none.
-        bos: ``none``, ``stream`` or ``window``: where a BOS token goes.
+        bos: where a BOS token goes: ``none``, ``stream`` (one in front), ``window`` (one in each),
+            ``auto`` (``window`` where the tokenizer adds one).
         exporter: ``dynamo`` or ``optimum``, for models that are not ONNX yet.
         seed: for built-in random models.
     """
@@ -50,7 +51,7 @@ class CompileConfig:
     keep_inputs: tuple[str, ...] = ()
     eval_text: str = ""
     eval_windows: int = 4
-    bos: str = "none"
+    bos: str = "auto"
     exporter: str = "dynamo"
     seed: int = 0
 
@@ -59,7 +60,7 @@ class CompileConfig:
         Scheme.parse(self.scheme)
         load_target(self.target)
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
-        _check_choice("bos", self.bos, ["none", "stream", "window"])
+        _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("eval_windows", self.eval_windows, 0)

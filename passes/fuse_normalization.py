@@ -92,7 +92,7 @@ class _RmsNormWithGain(_RmsNorm):
 
 
 class _LayerNorm(RewriteRuleClassBase):
-    def pattern(  # noqa: PLR0917 the matcher passes one variable per name
+    def pattern(
         self, op: Any, x: Any, axes: Any, mean_axes: Any, epsilon: Any, gain: Any, bias: Any
     ) -> Any:
         mean = op.ReduceMean(x, mean_axes, _allow_other_attributes=True, _outputs=["mean"])

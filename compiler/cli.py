@@ -1,0 +1,454 @@
+"""The four commands. Each reads top to bottom: options → config → model → work → print."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qnpu.compiler.bit_plan import SCHEMES
+from qnpu.compiler.config import CompileConfig, read_config
+from qnpu.compiler.console import (
+    EXIT_FAULT,
+    EXIT_USAGE,
+    command,
+    error_console,
+    peak_rss_bytes,
+    print_diagnostics,
+    print_json,
+    progress_bars,
+)
+from qnpu.compiler.diagnostics import DiagnosticError, Severity
+from qnpu.compiler.graph_checks import check_graph, is_quantized
+from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
+from qnpu.compiler.output import REPORT_NAME, check_overwrite
+from qnpu.compiler.pass_base import Compilation
+from qnpu.compiler.pipeline import (
+    LOGITS,
+    MODEL_NAME,
+    CheckResult,
+    check_result,
+    compile_model,
+    write_result,
+)
+from qnpu.compiler.rules import InvalidConfig, WouldOverwrite, manual_page
+from qnpu.compiler.target import target_names
+from qnpu.models.load import load_onnx, load_tokenizer, resolve
+from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.runtime_check.observer import RangeMethod
+from qnpu.runtime_check.perplexity import measure_perplexity
+from qnpu.runtime_check.session import Feeds, Mode, open_session
+
+_MODEL = (
+    "An .onnx or .gguf file, a Hugging Face id or folder, or a built-in name: "
+    "smollm2-135m, gemma3-270m, tiny, tiny-llama, tiny-qwen2 …"
+)
+_JSON = "Print the result as JSON on standard output."
+_DEBUG = "Show the traceback of an internal error."
+_QUIET = "No progress bars."
+
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help=_JSON)]
+DebugOption = Annotated[bool, typer.Option("--debug", help=_DEBUG)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help=_QUIET)]
+
+_DEFAULTS = CompileConfig()
+
+
+def _app(body: Any, examples: str) -> typer.Typer:
+    """A one-command application with examples under its help."""
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    lines = [f"[dim]$[/dim] {line}" for line in examples.strip().splitlines()]
+    app.command(epilog="[bold]Examples[/bold]\n\n" + "\n\n".join(lines))(body)
+    return app
+
+
+# ---------------------------------------------------------------------------------- qnpu-compile
+
+
+@command
+def _compile(
+    model: ModelArgument,
+    scheme: Annotated[
+        str | None, typer.Option(help=f"Bits: {', '.join(SCHEMES)}. Default: {_DEFAULTS.scheme}.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help=f"NPU: {', '.join(target_names())}. Default: {_DEFAULTS.target}."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path(
+        "qnpu-out"
+    ),
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Text file, Hugging Face data set, or .npz. Default: built-in text."),
+    ] = None,
+    calib_windows: Annotated[
+        int | None, typer.Option(help=f"Windows of text. Default: {_DEFAULTS.calib_windows}.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help=f"Tokens per run. Default: {_DEFAULTS.seq_len}.")
+    ] = None,
+    range_method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Activation ranges: {', '.join(m.value for m in RangeMethod)}. "
+            f"Default: {_DEFAULTS.range_method}."
+        ),
+    ] = None,
+    mask_value: Annotated[
+        float | None,
+        typer.Option(help=f"Attention mask constant. Default: {_DEFAULTS.mask_value:g}."),
+    ] = None,
+    freeze_dim: Annotated[
+        list[str] | None, typer.Option(help="NAME=SIZE or INPUT:AXIS=SIZE; may be repeated.")
+    ] = None,
+    keep_input: Annotated[
+        list[str] | None, typer.Option(help="Input that must stay an input; may be repeated.")
+    ] = None,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Text for perplexity. Default: built-in text, other part.")
+    ] = None,
+    eval_windows: Annotated[
+        int | None,
+        typer.Option(help=f"Windows to evaluate; 0: none. Default: {_DEFAULTS.eval_windows}."),
+    ] = None,
+    bos: Annotated[
+        str | None, typer.Option(help="BOS token: auto, none, stream, window. Default: auto.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, tokenizer.json or id. Default: beside the model.")
+    ] = None,
+    exporter: Annotated[
+        str | None, typer.Option(help="dynamo or optimum, for torch models. Default: dynamo.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these options as keys; options win.")
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a float language model into a fully static QDQ file.
+
+    Writes model.qdq.onnx, encodings.json, bit_plan.json and report.json, all or none of them.
+    """
+    started = time.perf_counter()
+    options = {
+        "scheme": scheme,
+        "target": target,
+        "calib": calib,
+        "calib_windows": calib_windows,
+        "seq_len": seq_len,
+        "range_method": range_method,
+        "mask_value": mask_value,
+        "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
+        "keep_inputs": tuple(keep_input) if keep_input else None,
+        "eval_text": eval_text,
+        "eval_windows": eval_windows,
+        "bos": bos,
+        "tokenizer": tokenizer,
+        "exporter": exporter,
+    }
+    from_file = read_config(config) if config else {}
+    settings = CompileConfig(**from_file | {k: v for k, v in options.items() if v is not None})
+    check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", REPORT_NAME])
+    times: dict[str, float] = {}
+
+    with (
+        progress_bars(shown=not quiet) as progress,
+        open_model(model, settings, progress) as opened,
+    ):
+        _refuse_own_input(opened, out)
+        calibration, data = calibration_data(settings, opened.tokenizer)
+        times["load"] = time.perf_counter() - started
+        result = compile_model(opened.model, settings, calibration, progress)
+        times["compile"] = time.perf_counter() - started - times["load"]
+        batch = calibration.feeds(result.model.graph.inputs)[0]
+        evaluation, evaluated = _evaluation(settings, opened, result.model.graph.inputs)
+        checks = check_result(result, batch, evaluation, progress)
+        times["check"] = time.perf_counter() - started - sum(times.values())
+        report = write_result(
+            out,
+            result,
+            checks,
+            {
+                "command": ["qnpu-compile", *sys.argv[1:]],
+                "config": settings.to_json(),
+                "input": {"name": opened.name, "sha256": opened.sha256},
+                "calibration": data,
+                "evaluation": evaluated,
+                "seed": settings.seed,
+            },
+        )
+    times["total"] = time.perf_counter() - started
+    print_diagnostics(result.diagnostics, model)
+    summary = _summary(out, report, checks, times)
+    if json:
+        print_json(summary)
+    else:
+        _print_summary(opened.name, settings.scheme, summary)
+
+
+def _parse_dims(items: list[str]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for item in items:
+        name, _, size = item.rpartition("=")
+        if not name or not size.isdecimal():
+            raise DiagnosticError(InvalidConfig("--freeze-dim", f"`{item}` is not NAME=SIZE").at())
+        sizes[name] = int(size)
+    return sizes
+
+
+def _refuse_own_input(opened: OpenedModel, out: Path) -> None:
+    """A model compiled into its own place would lose its source."""
+    place = out / MODEL_NAME
+    if place.exists() and place.resolve() == opened.file:
+        raise DiagnosticError(WouldOverwrite(str(place)).at(file=str(place)))
+
+
+def _evaluation(
+    settings: CompileConfig, opened: OpenedModel, inputs: Any
+) -> tuple[list[Feeds], str]:
+    """Feeds to measure perplexity on; none for a graph that takes no token ids."""
+    takes_tokens = any(value.name == "input_ids" for value in inputs)
+    if not settings.eval_windows or opened.tokenizer is None or not takes_tokens:
+        return [], ""
+    windows, description = text_windows(
+        settings.eval_text,
+        "evaluation",
+        opened.tokenizer,
+        settings.seq_len,
+        settings.eval_windows,
+        settings.bos,
+    )
+    return windows.feeds(inputs), description
+
+
+def _summary(
+    out: Path, report: dict[str, Any], checks: CheckResult, times: dict[str, float]
+) -> dict[str, Any]:
+    worst = sorted(checks.tensors, key=lambda tensor: tensor.sqnr_db)[:5]
+    return {
+        "out": str(out),
+        "outputs": report["outputs"],
+        "perplexity": {name: value.value for name, value in checks.perplexity.items()},
+        "source_error": checks.source_error,
+        "evaluation": report["evaluation"],
+        "calibration": report["calibration"],
+        "lowest_sqnr_db": {tensor.name: round(tensor.sqnr_db, 2) for tensor in worst},
+        "seconds": {name: round(value, 2) for name, value in times.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
+    table = Table(title=f"{name} → {scheme}", show_header=False, title_justify="left")
+    for label, value in summary["perplexity"].items():
+        table.add_row(f"perplexity, {label}", f"{value:.3f}")
+    if {"float", "qdq"} <= set(summary["perplexity"]):
+        ratio = summary["perplexity"]["qdq"] / summary["perplexity"]["float"]
+        table.add_row("quantized / float", f"{ratio:.4f}")
+        table.add_row("measured on", summary["evaluation"])
+    table.add_row("calibrated on", summary["calibration"])
+    table.add_row("float graph against source", f"{summary['source_error']:.1e} of max |output|")
+    for tensor, sqnr in list(summary["lowest_sqnr_db"].items())[:3]:
+        table.add_row("lowest SQNR", f"{sqnr:.1f} dB  {tensor}")
+    for file, entry in summary["outputs"].items():
+        table.add_row("wrote", f"{Path(summary['out'], file)}  {entry['bytes'] / 1e6:.1f} MB")
+    table.add_row("wrote", str(Path(summary["out"], REPORT_NAME)))
+    seconds = summary["seconds"]
+    steps = ", ".join(f"{step} {value:.0f} s" for step, value in seconds.items() if step != "total")
+    table.add_row("time", f"{seconds['total']:.0f} s ({steps})")
+    table.add_row("peak RSS", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    Console(soft_wrap=True).print(table)
+
+
+# ----------------------------------------------------------------------------------- qnpu-export
+
+
+@command
+def _export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")] = Path(
+        "model.onnx"
+    ),
+    seq_len: Annotated[int, typer.Option(help="Tokens per run (dynamo).")] = _DEFAULTS.seq_len,
+    exporter: Annotated[
+        str, typer.Option(help="dynamo: static prefill; optimum: dynamic axes and a KV cache.")
+    ] = _DEFAULTS.exporter,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Export a torch model to float ONNX, with its tokenizer beside it."""
+    started = time.perf_counter()
+    settings = CompileConfig(seq_len=seq_len, exporter=exporter)
+    if out.exists() and not force:
+        raise DiagnosticError(WouldOverwrite(str(out)).at(file=str(out)))
+    source = resolve(model)
+    if source.kind == "onnx":
+        raise DiagnosticError(InvalidConfig("MODEL", "is an ONNX file already").at(file=model))
+    with progress_bars(shown=not quiet) as progress:
+        export(source, out, settings, progress)
+    seconds = round(time.perf_counter() - started, 2)
+    peak = peak_rss_bytes()
+    summary = {"out": str(out), "seconds": seconds, "peak_rss_bytes": peak}
+    if json:
+        print_json(summary)
+    else:
+        Console(soft_wrap=True).print(
+            f"wrote {out} in {seconds:.0f} s, {peak / 2**30:.2f} GiB peak"
+        )
+
+
+# ------------------------------------------------------------------------------------- qnpu-eval
+
+
+@command
+def _evaluate(
+    model: Annotated[str, typer.Argument(help="An .onnx file, float or QDQ.", show_default=False)],
+    text: Annotated[
+        str | None, typer.Option(help="UTF-8 text or data set. Default: built-in text.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows, from the start; 0: all.")] = 40,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = _DEFAULTS.seq_len,
+    bos: Annotated[str, typer.Option(help="BOS token: auto, none, stream, window.")] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, tokenizer.json or id. Default: beside the model.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help=f"ONNX Runtime: {', '.join(m.value for m in Mode)}.")
+    ] = Mode.REFERENCE.value,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure perplexity: exp(mean NLL of all but the first token of each window)."""
+    started = time.perf_counter()
+    settings = CompileConfig(seq_len=window, bos=bos)
+    if mode not in [m.value for m in Mode]:
+        raise DiagnosticError(InvalidConfig("--mode", f"`{mode}` is not a mode").at())
+    graph_model = load_onnx(Path(model))
+    changed = FreezeShapes(sequence_length=window).run(Compilation(graph_model))
+    words = load_tokenizer(tokenizer or resolve(model))
+    data, description = text_windows(
+        text or "", "evaluation", words, settings.seq_len, windows or None, settings.bos
+    )
+    feeds = data.feeds(graph_model.graph.inputs)
+    session = open_session(graph_model if changed else Path(model), Mode(mode))
+    del graph_model
+    with progress_bars(shown=not quiet) as progress:
+        measured = measure_perplexity(session, feeds, logits_name=LOGITS, progress=progress)
+    summary = {
+        "model": model,
+        "perplexity": measured.value,
+        "data": description,
+        "mode": mode,
+        "tokens": measured.tokens,
+        "nll": list(measured.nll),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if json:
+        print_json(summary)
+    else:
+        console = Console(soft_wrap=True)
+        console.print(f"perplexity {measured.value:.4f}  ({measured.tokens} tokens predicted)")
+        console.print(f"data: {description}; session: {mode}; {summary['seconds']:.0f} s")
+
+
+# ------------------------------------------------------------------------------------ qnpu-check
+
+
+@command
+def _check(
+    model: Annotated[
+        str | None, typer.Argument(help="An .onnx file, float or quantized.", show_default=False)
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Print the manual page of a rule and stop.")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check an ONNX file. Exit code 0: no fault; 1: faults, all listed; 2: wrong use."""
+    if explain is not None:
+        page = manual_page(explain)
+        if page is None:
+            error_console().print(f"no rule {explain}")
+            sys.exit(EXIT_USAGE)
+        Console(soft_wrap=True, highlight=False, markup=False).print(page)
+        return
+    if model is None:
+        error_console().print("name an .onnx file, or a rule with --explain")
+        sys.exit(EXIT_USAGE)
+    loaded = load_onnx(Path(model))
+    faults = check_graph(loaded)
+    nodes = loaded.graph.num_nodes()
+    kind = "QDQ" if is_quantized(loaded.graph) else "float"
+    print_diagnostics(faults, model)
+    errors = sum(fault.severity is Severity.ERROR for fault in faults)
+    if json:
+        diagnostics = [fault.to_json() for fault in faults]
+        print_json({"model": model, "kind": kind, "nodes": nodes, "diagnostics": diagnostics})
+    else:
+        Console(soft_wrap=True).print(f"{model}: {kind} graph, {nodes} nodes, {errors} errors")
+    if errors:
+        sys.exit(EXIT_FAULT)
+
+
+# ---------------------------------------------------------------------------------- entry points
+
+compile_app = _app(
+    _compile,
+    """
+qnpu-compile smollm2-135m --scheme w8a16 --out out
+qnpu-compile model.onnx --scheme w4a8 --calib my.txt --tokenizer my-model/
+qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
+qnpu-compile model.onnx --config compile.toml --json
+""",
+)
+export_app = _app(
+    _export,
+    """
+qnpu-export smollm2-135m --seq-len 512 --out smollm2.onnx
+qnpu-export org/model --exporter optimum --out model.onnx
+""",
+)
+eval_app = _app(
+    _evaluate,
+    """
+qnpu-eval out/model.qdq.onnx --tokenizer smollm2-135m --windows 8
+qnpu-eval model.onnx --text wiki.test.raw --window 512 --windows 40 --bos none
+""",
+)
+check_app = _app(
+    _check,
+    """
+qnpu-check out/model.qdq.onnx
+qnpu-check --explain QN101
+""",
+)
+
+
+def compile_main() -> None:
+    compile_app()
+
+
+def export_main() -> None:
+    export_app()
+
+
+def eval_main() -> None:
+    eval_app()
+
+
+def check_main() -> None:
+    check_app()

@@ -1,0 +1,144 @@
+"""What the commands share: progress bars, printed diagnostics, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, Severity, first_line
+from qnpu.compiler.pass_base import ProgressCallback
+from qnpu.compiler.rules import InternalError
+
+EXIT_FAULT = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
+_MOST_NOTES = 3
+
+
+def error_console() -> Console:
+    """Standard error. Holds the stream itself: exporters redirect ``sys.stderr`` meanwhile."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def print_diagnostics(diagnostics: Sequence[Diagnostic], file: str = "") -> None:
+    """Prints diagnostics to standard error; of notes with one code only the first three.
+
+    Args:
+        diagnostics: in order.
+        file: printed with those that name no file.
+    """
+    console = error_console()
+    printed: Counter[str] = Counter()
+    for diagnostic in diagnostics:
+        printed[diagnostic.code] += 1
+        if diagnostic.severity is Severity.NOTE and printed[diagnostic.code] > _MOST_NOTES:
+            continue
+        style = _STYLES[diagnostic.severity]
+        rule, location = diagnostic.rule, diagnostic.location
+        console.print(
+            Text(f"{diagnostic.severity.value}[{rule.code}]", style),
+            Text(f"{rule.name}: {rule.message()}"),
+        )
+        place = [location.file or file, str(location) if not location.file else ""]
+        if location.file:
+            place = [str(location)]
+        if any(place):
+            console.print(Text("  --> " + ": ".join(part for part in place if part)))
+        console.print(Text(f"  help: {rule.help()}"))
+    notes = {d.code for d in diagnostics if d.severity is Severity.NOTE}
+    for code in sorted(notes):
+        if printed[code] > _MOST_NOTES:
+            console.print(Text(f"… and {printed[code] - _MOST_NOTES} more {code}", "dim"))
+
+
+def print_json(value: object) -> None:
+    """Prints JSON to standard output."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def progress_bars(*, shown: bool = True) -> Iterator[ProgressCallback]:
+    """A callback that draws one bar per step, with the time left, on standard error.
+
+    Args:
+        shown: False for a callback that does nothing.
+    """
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=error_console(), disable=not shown) as bars:
+
+        def show(step: str, fraction: float) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=1.0)
+            bars.update(tasks[step], completed=fraction)
+
+        yield show
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, file-backed pages included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def command(body: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command end with a coded diagnostic and an exit code, never with a traceback.
+
+    1: a coded fault. 130: Ctrl-C; 143: SIGTERM. ``debug=True`` among the arguments lets the
+    traceback of an internal error through.
+    """
+
+    @functools.wraps(body)
+    def wrapped(**options: object) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            body(**options)
+        except DiagnosticError as error:
+            print_diagnostics(error.diagnostics, str(options.get("model") or ""))
+            sys.exit(EXIT_FAULT)
+        except KeyboardInterrupt:
+            error_console().print("interrupted; nothing was written")
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            if options.get("debug"):
+                traceback.print_exc()
+            fault = InternalError(type(error).__name__, first_line(error))
+            print_diagnostics([fault.at()], str(options.get("model") or ""))
+            sys.exit(EXIT_FAULT)
+
+    return wrapped
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """Leaves by an exception, so that temporary files are removed on the way out."""
+    sys.exit(EXIT_TERMINATED)
