@@ -58,7 +58,12 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
 
 def _sentencepiece(header: dict[str, Any]) -> Any:
     """BPE over the whole text, bytes where no token fits; merges follow from the scores."""
-    from tokenizers import Tokenizer, decoders, models, normalizers  # noqa: PLC0415
+    from tokenizers import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+    )
 
     tokens = [_escaped(token) for token in header["tokenizer.ggml.tokens"]]
     vocab = {token: index for index, token in enumerate(tokens)}

@@ -123,9 +123,10 @@ def load_torch(source: ModelSource, *, dtype: torch.dtype | None = None) -> Load
     require("torch", "transformers")
     import torch  # noqa: PLC0415
 
+    dtype = dtype or torch.float32
     built_in = BUILT_INS[source.location] if source.kind == "builtin" else None
     if built_in and built_in.architecture:
-        model = tiny_decoder(built_in.architecture)
+        model = tiny_decoder(built_in.architecture).to(dtype)
     else:
         folder, options = source.location, _hub_options(source)
         if source.kind != "hf":
@@ -133,8 +134,8 @@ def load_torch(source: ModelSource, *, dtype: torch.dtype | None = None) -> Load
             file = _gguf_path(source)
             read_header(file)  # a clear error before a slow load
             folder, options = str(file.parent), {**options, "gguf_file": file.name}
-        model = _from_pretrained(source.location, folder, options)
-    model = model.to(dtype or torch.float32).eval().requires_grad_(False)
+        model = _from_pretrained(source.location, folder, {**options, "dtype": dtype})
+    model = model.eval().requires_grad_(False)
     return LoadedModel(model, load_tokenizer(source), source.name)
 
 
@@ -238,12 +239,11 @@ def _gguf_path(source: ModelSource) -> Path:
 
 def _from_pretrained(shown: str, folder: str, options: dict[str, Any]) -> Any:
     with quiet():
-        import torch  # noqa: PLC0415
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         try:
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", **options
+                folder, attn_implementation="eager", **options
             )
         except Exception as error:  # a wrong file fails anywhere in transformers
             raise _unknown(shown, first_line(error)) from error

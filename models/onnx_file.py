@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.rules import (
@@ -142,10 +142,10 @@ def _byte_size(proto: onnx.TensorProto) -> int | None:
     if any(dim < 0 for dim in proto.dims):
         return None
     try:
-        bits = ir.DataType(proto.data_type).bitwidth
+        bits = int(ir.DataType(proto.data_type).bitwidth)
     except (TypeError, ValueError):
         return None
-    return math.ceil(math.prod(proto.dims) * bits / 8)
+    return -(-math.prod(int(dim) for dim in proto.dims) * bits // 8)
 
 
 def _external_faults(

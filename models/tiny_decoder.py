@@ -57,9 +57,8 @@ def tiny_decoder(
 
         config = _CONFIGS[architecture](transformers, layers, hidden, vocab)
         with torch.random.fork_rng(devices=[]):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager"
-            )
+            auto: Any = transformers.AutoModelForCausalLM
+            model = auto.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_weights(name, parameter, architecture, seed))

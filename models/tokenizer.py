@@ -101,7 +101,7 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """The same ids as a tokenizer.json without merges, for whoever reads the export."""
         require("tokenizers", install="tokenizers")
-        from tokenizers import Tokenizer as Backend  # noqa: PLC0415
+        from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # noqa: PLC0415
         from tokenizers import decoders, models, pre_tokenizers  # noqa: PLC0415
 
         vocab = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -162,7 +162,8 @@ def tokenizer_from_transformers(model: str, **options: Any) -> FastTokenizer:
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         try:
-            hub = AutoTokenizer.from_pretrained(model, use_fast=True, **options)
+            auto: Any = AutoTokenizer
+            hub = auto.from_pretrained(model, use_fast=True, **options)
             backend = hub.backend_tokenizer
             whole = hub("a", verbose=False)["input_ids"]
         except Exception as error:  # of many libraries
