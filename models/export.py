@@ -27,6 +27,7 @@ Progress = Callable[[str, float], None]
 
 _WRAPPER = "decoder."  # attribute of the traced wrapper, which weights should not be named after
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules around it, then itself
+_WEIGHTED = ("MatMul", "RMSNormalization")  # operators whose second input may be folded
 _INLINE_BYTES = 1024  # tensors up to this size stay in the .onnx file
 
 
@@ -185,7 +186,7 @@ def _name_weights(model: ir.Model) -> None:
     names: dict[ir.Value, str] = {}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        weight = node.inputs[1] if node.op_type in _WEIGHTED else None
         if len(scopes) > 1 and weight is not None and weight.name in model.graph.initializers:
             names[weight] = f"{scopes[-2]}.weight"
     taken = Counter([*names.values(), *model.graph.initializers])
