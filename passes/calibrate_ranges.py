@@ -72,43 +72,34 @@ class CalibrateRanges(Pass):
             for value in node.outputs
             if name_of(value) in plan and name_of(value) not in table and not is_layout_copy(value)
         }
-        observers = {name: Observer() for name in sorted(wanted)}
         for value in graph.inputs:
-            name = name_of(value)
-            if name in plan:
-                observers[name] = self._observe_input(name, batches)
-        rounds = 1 + int(self.method.needs_histogram)
+            if name_of(value) in plan:
+                self._encode_input(name_of(value), batches, compilation)
+        observers: dict[str, Observer] = {}
         runner = SegmentRunner(compilation.model, batches, self.segment_bytes)
-        total = len(runner.segments) * len(batches) * rounds
-        looks: dict[str, int] = dict.fromkeys(wanted, 0)
-        for done, step in enumerate(runner.stream(wanted, rounds), start=1):
+        total = len(runner.segments) * len(batches)
+        for done, step in enumerate(runner.stream(wanted), start=1):
             for name, array in step.values.items():
-                if looks[name] < len(batches):
-                    observers[name].look(array, self.method)
-                else:
-                    observers[name].look_again(array)
-                looks[name] += 1
-            self.progress("calibrate", min(done / total, 1.0))
+                observers.setdefault(name, Observer(self.method)).look(array)
+            if step.last:  # no later segment sees these tensors again
+                for name, observer in observers.items():
+                    _encode(name, observer, compilation)
+                observers.clear()
+            self.progress("calibrate", done / total)
         self.progress("calibrate", 1.0)
-        faults = [
-            NonFiniteActivation(name).at(value=name)
-            for name, observer in observers.items()
-            if not observer.finite
-        ]
-        if faults:
-            raise DiagnosticError(faults)
-        for name, observer in observers.items():
-            low, high = observer.value_range(self.method, plan[name])
-            table[name] = Encoding.from_range(plan[name], low, high)
 
-    def _observe_input(self, name: str, batches: Sequence[Feeds]) -> Observer:
-        observer = Observer()
+    def _encode_input(self, name: str, batches: Sequence[Feeds], compilation: Compilation) -> None:
+        observer = Observer(self.method)
         for feeds in batches:
-            observer.look(feeds[name], self.method)
-        if self.method.needs_histogram:
-            for feeds in batches:
-                observer.look_again(feeds[name])
-        return observer
+            observer.look(feeds[name])
+        _encode(name, observer, compilation)
+
+
+def _encode(name: str, observer: Observer, compilation: Compilation) -> None:
+    if not observer.finite:
+        raise DiagnosticError(NonFiniteActivation(name).at(value=name))
+    spec = compilation.bit_plan[name]
+    compilation.encodings[name] = Encoding.from_range(spec, *observer.value_range(spec))
 
 
 def _encode_constants(compilation: Compilation) -> None:

@@ -41,7 +41,7 @@ class SegmentRun:
 
     Attributes:
         batch: index into the batches.
-        last: no further batch follows in this round.
+        last: no further batch follows in this segment.
         values: value name → array, of the wanted values.
     """
 
@@ -106,13 +106,11 @@ class SegmentRunner:
         self._crossing: list[Feeds] = [dict(feeds) for feeds in batches]
         self.segments = cut_segments(model.graph, limit)
 
-    def stream(self, wanted: set[str], rounds: int = 1) -> Iterator[SegmentRun]:
+    def stream(self, wanted: set[str]) -> Iterator[SegmentRun]:
         """Runs every segment on every batch.
 
         Args:
             wanted: names of values to yield; others are computed and dropped.
-            rounds: how often each segment sees all batches, for statistics that need a second
-                look; all rounds of a segment come before the next segment.
 
         Raises:
             DiagnosticError: QN116 where ONNX Runtime refuses a segment.
@@ -123,24 +121,23 @@ class SegmentRunner:
                 v.name: v for node in segment.nodes for v in node.outputs if v.name in wanted
             }
             if outputs:
-                yield from self._run_segment(segment, outputs, wanted, rounds)
+                yield from self._run_segment(segment, outputs, wanted)
             self._drop_dead(index)
 
     def _run_segment(
-        self, segment: Segment, outputs: dict[str, ir.Value], wanted: set[str], rounds: int
+        self, segment: Segment, outputs: dict[str, ir.Value], wanted: set[str]
     ) -> Iterator[SegmentRun]:
         proto = subgraph_proto(segment.nodes, segment.takes, list(outputs.values()), self._model)
         session = open_session(proto, Mode.REFERENCE)
         del proto
         names = list(outputs)
-        for _ in range(rounds):
-            for batch, feeds in enumerate(self._crossing):
-                taken = {name_of(v): feeds[name_of(v)] for v in segment.takes}
-                values = dict(zip(names, run(session, names, taken), strict=True))
-                for value in segment.hands_on:
-                    feeds[name_of(value)] = values[name_of(value)]
-                last = batch == len(self._crossing) - 1
-                yield SegmentRun(batch, last, {n: a for n, a in values.items() if n in wanted})
+        for batch, feeds in enumerate(self._crossing):
+            taken = {name_of(v): feeds[name_of(v)] for v in segment.takes}
+            values = dict(zip(names, run(session, names, taken), strict=True))
+            for value in segment.hands_on:
+                feeds[name_of(value)] = values[name_of(value)]
+            last = batch == len(self._crossing) - 1
+            yield SegmentRun(batch, last, {n: a for n, a in values.items() if n in wanted})
 
     def _drop_dead(self, index: int) -> None:
         needed = {v.name for segment in self.segments[index + 1 :] for v in segment.takes}
