@@ -120,6 +120,12 @@ def is_dynamic_matmul(node: ir.Node) -> bool:
     )
 
 
+def normalized_inputs(node: ir.Node) -> list[ir.Value]:
+    """What a norm divides by its own magnitude; empty for any other node."""
+    is_norm = is_standard(node) and node.op_type in ("RMSNormalization", "LayerNormalization")
+    return [v for v in node.inputs[:1] if v is not None] if is_norm else []
+
+
 def encoding_groups(graph: ir.Graph) -> list[list[ir.Value]]:
     """Float values that must share one encoding because layout operators tie them together.
 

@@ -11,7 +11,13 @@ import numpy as np
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.op_traits import FIXED_RANGES, is_float, is_layout_copy, is_standard
+from qnpu.compiler.op_traits import (
+    FIXED_RANGES,
+    is_float,
+    is_layout_copy,
+    is_standard,
+    normalized_inputs,
+)
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
 from qnpu.compiler.rules import NonFiniteActivation
@@ -75,12 +81,15 @@ class CalibrateRanges(Pass):
         for value in graph.inputs:
             if name_of(value) in plan:
                 self._encode_input(name_of(value), batches, compilation)
+        normalized = {name_of(v) for node in graph for v in normalized_inputs(node)}
         observers: dict[str, Observer] = {}
         runner = SegmentRunner(compilation.model, batches, self.segment_bytes)
         total = len(runner.segments) * len(batches)
         for done, step in enumerate(runner.stream(wanted), start=1):
             for name, array in step.values.items():
-                observers.setdefault(name, Observer(self.method)).look(array)
+                if name not in observers:
+                    observers[name] = Observer(self.method, name in normalized)
+                observers[name].look(array)
             if step.last:  # no later segment sees these tensors again
                 for name, observer in observers.items():
                     _encode(name, observer, compilation)

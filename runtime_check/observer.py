@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qnpu.compiler.quant_types import QuantSpec
+from qnpu.compiler.quant_types import FloatArray, QuantSpec
 from qnpu.runtime_check.session import Array
 
 _CODES = 2**16
 _TAIL = 1e-5
+_LEAST_LEVEL = 2
 # Factors by which each end of the range is shrunk: 1, 0.93, 0.87 … 0.01.
 _SHRINK = 0.93 ** np.arange(64)
 
@@ -46,19 +48,24 @@ class Observer:
 
     Attributes:
         method: decides what is gathered.
+        normalized_next: a norm takes the tensor. It divides each token's magnitude out, so a token
+            of 16 times the median energy or more then counts in the squared error as if it had
+            the median. (The first token of a sequence has a million times as much in SmolLM2; to
+            hold it unclipped costs all others 1.6 % of perplexity at 16 bits.)
         low: smallest value seen, real.
         high: largest value seen, real.
         count, total, total_square: of all elements.
-        histogram: count of each bfloat16 code, 512 KiB; empty where the method needs none.
+        histogram: weighted count of each bfloat16 code, 512 KiB; empty where none is needed.
     """
 
     method: RangeMethod
+    normalized_next: bool = False
     low: float = np.inf
     high: float = -np.inf
     count: int = 0
     total: float = 0.0
     total_square: float = 0.0
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    histogram: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def look(self, array: Array) -> None:
         """Takes in one batch, float32. NaN makes ``low`` and ``high`` NaN."""
@@ -73,9 +80,32 @@ class Observer:
             self.total += tensor.sum(dtype=torch.float64).item()
             self.total_square += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
         if self.method.needs_histogram:
-            upper_halves = np.ascontiguousarray(array).reshape(-1).view(np.uint16)[_UPPER_HALF::2]
-            counts = np.bincount(upper_halves, minlength=_CODES)
-            self.histogram = counts if self.histogram.size == 0 else self.histogram + counts
+            if self.histogram.size == 0:
+                self.histogram = np.zeros(_CODES)
+            for rows, weight in self._weighted_rows(array):
+                upper_halves = np.ascontiguousarray(rows).reshape(-1).view(np.uint16)
+                counts = np.bincount(upper_halves[_UPPER_HALF::2], minlength=_CODES)
+                self.histogram += weight * counts
+
+    def _weighted_rows(self, array: Array) -> Iterator[tuple[Array, float]]:
+        """The array in parts, with what an element of each counts in the error.
+
+        Rows of a (…, tokens, features) tensor are told apart by energy e: 4^-k for those of
+        4^k ≤ e / median < 4^(k+1), k ≥ 2.
+        """
+        if self.method is not RangeMethod.MSE or not self.normalized_next:
+            yield array, 1.0
+            return
+        rows = array.reshape(-1, array.shape[-1])
+        energy = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        median = float(np.median(energy))
+        if not median > 0.0 or not np.isfinite(energy).all():
+            yield array, 1.0
+            return
+        level = np.floor(np.log2(np.maximum(energy / median, 1.0)) / 2).astype(np.int64)
+        level[level < _LEAST_LEVEL] = 0
+        for k in np.unique(level):
+            yield (rows[level == k] if k or level.any() else rows), float(4.0**-k)
 
     @property
     def finite(self) -> bool:
@@ -105,7 +135,7 @@ class Observer:
         values = bits.view(np.float32).astype(np.float64)
         order = np.argsort(values, kind="stable")
         values = np.clip(values[order], self.low, self.high)
-        return values, self.histogram[codes][order].astype(np.float64)
+        return values, self.histogram[codes][order]
 
     def _percentile(self) -> tuple[float, float]:
         values, counts = self._sorted_bins()
@@ -121,8 +151,8 @@ class Observer:
         All sums come from running totals over the sorted bins.
         """
         values, counts = self._sorted_bins()
-        lows = min(self.low, 0.0) * _SHRINK
-        highs = max(self.high, 0.0) * _SHRINK
+        lows: FloatArray = min(self.low, 0.0) * _SHRINK
+        highs: FloatArray = max(self.high, 0.0) * _SHRINK
         if spec.symmetric:
             reach = np.maximum(-lows, highs)
             lows, highs = -reach, reach
@@ -178,7 +208,7 @@ class _RunningSums:
         return self.nxx[last] - self.nxx[first]
 
     def squared_distance(
-        self, first: NDArray[np.intp], last: NDArray[np.intp], end: NDArray[np.float64]
+        self, first: NDArray[np.intp], last: NDArray[np.intp], end: FloatArray
     ) -> NDArray[np.float64]:
         """Σ n·(x - end)² over bins first … last - 1."""
         linear = self.nx[last] - self.nx[first]
