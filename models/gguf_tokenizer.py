@@ -58,7 +58,7 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
 
 def _sentencepiece(header: dict[str, Any]) -> Any:
     """BPE over the whole text, bytes where no token fits; merges follow from the scores."""
-    from tokenizers import (  # type: ignore[import-untyped]  # noqa: PLC0415
+    from tokenizers import (  # noqa: PLC0415
         Tokenizer,
         decoders,
         models,

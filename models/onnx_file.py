@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.rules import (

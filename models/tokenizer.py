@@ -101,7 +101,7 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """The same ids as a tokenizer.json without merges, for whoever reads the export."""
         require("tokenizers", install="tokenizers")
-        from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # noqa: PLC0415
+        from tokenizers import Tokenizer as Backend  # noqa: PLC0415
         from tokenizers import decoders, models, pre_tokenizers  # noqa: PLC0415
 
         vocab = {character: byte for byte, character in enumerate(_byte_characters())}
