@@ -17,11 +17,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import CannotWrite, ExportFailed
 from qnpu.models.load import LoadedModel, load_torch, resolve
 from qnpu.models.onnx_file import load_onnx
-from qnpu.models.quiet import first_line, quiet, require
+from qnpu.models.quiet import quiet, require
 
 Progress = Callable[[str, float], None]
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import MissingFile, UnknownModel
 from qnpu.models.built_ins import BUILT_INS, BuiltIn, gguf_file
 from qnpu.models.gguf_header import MAGIC, read_header
 from qnpu.models.gguf_tokenizer import tokenizer_from_gguf
 from qnpu.models.onnx_file import load_onnx
-from qnpu.models.quiet import first_line, quiet, require
+from qnpu.models.quiet import quiet, require
 from qnpu.models.tiny_decoder import tiny_decoder
 from qnpu.models.tokenizer import (
     TOKENIZER_CONFIG,

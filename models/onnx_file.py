@@ -13,14 +13,13 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, first_line
 from qnpu.compiler.rules import (
     ExternalDataOutsideFolder,
     MissingExternalData,
     MissingFile,
     NotOnnx,
 )
-from qnpu.models.quiet import first_line
 
 MAX_REPORTED = 20
 

@@ -48,11 +48,3 @@ def require(*modules: str, install: str = "qnpu[export]") -> None:
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     if absent:
         raise DiagnosticError(MissingPackage(name, install).at() for name in absent)
-
-
-def first_line(error: BaseException, *, limit: int = 300) -> str:
-    """An exception as one line: the first line of its text that says something, else its type."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip()[:limit]
-    return type(error).__name__

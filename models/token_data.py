@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import CalibrationUnreadable, MissingFile
-from qnpu.models.quiet import first_line, quiet, require
+from qnpu.models.quiet import quiet, require
 
 Split = Literal["calibration", "evaluation"]
 Bos = Literal["none", "stream", "window"]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import UnknownModel
-from qnpu.models.quiet import first_line, quiet, require
+from qnpu.models.quiet import quiet, require
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
