@@ -114,7 +114,9 @@ def _dequantize(
     scale, zero_point = _parameters(graph, name, encoding)
     attributes = {}
     if isinstance(encoding.spec.granularity, PerChannel):
-        attributes["axis"] = encoding.spec.granularity.axis
+        # Counted from the end: ONNX Runtime 1.32 turns DequantizeLinear(axis=1) → MatMul into
+        # MatMulNBits with int8 activations, 129 LSB off at 16 bits, but leaves axis=-1 alone.
+        attributes["axis"] = encoding.spec.granularity.axis - len(quantized.shape or ())
     return ir.node(
         "DequantizeLinear",
         [quantized, scale, zero_point],
