@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/schemes.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,0 +1,92 @@
+"""Compiles one model under several schemes, as a user would, and prints what came out.
+
+    python bench/schemes.py                                     # what `make demo` runs
+    python bench/schemes.py --schemes w8a16,w8a8,w4a16,w4a8 \\
+        --calib wiki.valid.tokens --text wiki.test.raw --windows 40 --bos none
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_COMMANDS = Path(sys.executable).parent
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "smollm2-135m",
+    schemes: Annotated[str, typer.Option(help="Separated by commas.")] = "w8a16,w8a8",
+    out: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("demo-out"),
+    seq_len: Annotated[int, typer.Option(help="Tokens per run.")] = 512,
+    calib: Annotated[str, typer.Option(help="Default: the built-in text.")] = "",
+    text: Annotated[str, typer.Option(help="To evaluate on. Default: the built-in text.")] = "",
+    windows: Annotated[int, typer.Option(help="Windows to evaluate on.")] = 8,
+    bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "auto",
+) -> None:
+    """Export once, compile under each scheme, print one table."""
+    console = Console(soft_wrap=True)
+    source = model
+    if not model.endswith(".onnx"):
+        path = out / "float" / f"{model}.onnx"
+        if not path.exists():
+            console.print(f"exporting {model} to {path}")
+            _run(["qnpu-export", model, "--seq-len", str(seq_len), "--out", str(path), "--json"])
+        source = str(path)
+    rows: dict[str, dict[str, Any]] = {}
+    for scheme in schemes.split(","):
+        console.print(f"compiling to {scheme}")
+        options = ["--scheme", scheme, "--out", str(out / scheme), "--seq-len", str(seq_len)]
+        options += ["--eval-windows", str(windows), "--bos", bos, "--json"]
+        options += ["--calib", calib] if calib else []
+        options += ["--eval-text", text] if text else []
+        rows[scheme] = _run(["qnpu-compile", source, *options])
+    float_bytes = sum(file.stat().st_size for file in Path(source).parent.glob("*.onnx*"))
+    _print(console, model, float_bytes, rows)
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    """Runs one of our commands, its progress shown; returns the JSON it prints."""
+    done = subprocess.run(
+        [_COMMANDS / command[0], *command[1:]], check=False, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _print(console: Console, model: str, float_bytes: int, rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=model, title_justify="left")
+    for heading in ("", "perplexity", "÷ float", "MB", "compile s", "total s", "peak RSS GiB"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    first = next(iter(rows.values()))
+    baseline = first["perplexity"]["float"]
+    table.add_row("float32", f"{baseline:.3f}", "1.0000", f"{float_bytes / 1e6:.0f}")
+    for scheme, row in rows.items():
+        seconds = row["seconds"]
+        table.add_row(
+            scheme,
+            f"{row['perplexity']['qdq']:.3f}",
+            f"{row['perplexity']['qdq'] / baseline:.4f}",
+            f"{row['outputs']['model.qdq.onnx']['bytes'] / 1e6:.0f}",
+            f"{seconds['compile']:.0f}",
+            f"{seconds['total']:.0f}",
+            f"{row['peak_rss_bytes'] / 2**30:.2f}",
+        )
+    console.print(table)
+    console.print(f"evaluated on {first['evaluation']}")
+    console.print(f"calibrated on {first['calibration']}")
+    for row in rows.values():
+        for name in (*row["outputs"], "report.json"):
+            console.print(f"wrote {Path(row['out'], name)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
