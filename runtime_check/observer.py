@@ -110,7 +110,8 @@ class Observer:
     @property
     def finite(self) -> bool:
         """No NaN or infinity was seen."""
-        return bool(np.isfinite(self.low) and np.isfinite(self.high)) or self.low == np.inf
+        nothing_seen = self.low > self.high
+        return bool(np.isfinite(self.low) and np.isfinite(self.high)) or nothing_seen
 
     def value_range(self, spec: QuantSpec) -> tuple[float, float]:
         """The range to encode, real. ``(0, 0)`` where nothing was seen."""
