@@ -165,7 +165,9 @@ class Encoding:
     def quantize(self, real: FloatArray) -> NDArray[np.generic]:
         """Codes of a real tensor, rounding half to even as ONNX QuantizeLinear does."""
         scale, zero = self._broadcast(real.ndim)
-        codes = np.asarray(np.rint(np.divide(real, scale, dtype=np.float32)))
+        # 2^31 - 1 is no float32: codes of biases are made, and clipped, in double precision.
+        work = np.float64 if self.spec.bits == 32 else np.float32
+        codes = np.asarray(np.rint(np.divide(real, scale, dtype=work)))
         codes += zero
         np.clip(codes, self.spec.q_min, self.spec.q_max, out=codes)
         if self.spec.bits == 4:  # ml_dtypes converts from int8, not from float, without a detour

@@ -57,10 +57,12 @@ class UnifyEncodings(Pass):
                 if name not in table or not table[name].same_as(merged):
                     table[name] = merged
                     count += 1
-        for node in compilation.graph:
-            linear = as_linear(node)
-            if linear is not None and linear.bias is not None:
-                count += _derive_bias(linear, compilation)
+        found = (as_linear(node) for node in compilation.graph)
+        biased = [linear for linear in found if linear is not None and linear.bias is not None]
+        for linear in biased:  # all before the first bias: two linears may share a weight
+            count += _make_room(linear, compilation)
+        for linear in biased:
+            count += _derive_bias(linear, compilation)
         return count
 
 
@@ -75,20 +77,31 @@ def _merge(known: list[Encoding], fixed: list[Encoding]) -> Encoding:
     return Encoding.from_range(known[0].spec, low, high)
 
 
+def _make_room(linear: Linear, compilation: Compilation) -> int:
+    """Raises scales of a weight's channels until the bias fits int32."""
+    table = compilation.encodings
+    weight, activation = name_of(linear.weight), name_of(linear.activation)
+    array = constant_array(linear.bias)
+    if array is None or not _all_in(table, weight, activation):
+        return 0
+    least = np.abs(array.astype(np.float64)) / _INT32_MAX / float(table[activation].scale)
+    old = table[weight]
+    if not bool((least > old.scale).any()):
+        return 0
+    # a little more than the least, so that rounding the product s_x · s_w leaves it large enough
+    raised = np.maximum(old.scale, (least * (1 + 2**-20)).astype(np.float32))
+    table[weight] = Encoding(old.spec, raised, old.zero_point)
+    return 1
+
+
 def _derive_bias(linear: Linear, compilation: Compilation) -> int:
     table = compilation.encodings
     bias, weight, activation = (
         name_of(v) for v in (linear.bias, linear.weight, linear.activation) if v is not None
     )
     spec = compilation.bit_plan.specs.get(bias)
-    array = constant_array(linear.bias)
-    if spec is None or array is None or not _all_in(table, weight, activation):
+    if spec is None or not _all_in(table, weight, activation):
         return 0
-    least = np.abs(array.astype(np.float64)) / _INT32_MAX / float(table[activation].scale)
-    if bool((least > table[weight].scale).any()):
-        old = table[weight]
-        raised = np.maximum(old.scale, np.nextafter(least.astype(np.float32), np.float32(np.inf)))
-        table[weight] = Encoding(old.spec, raised, old.zero_point)
     scale = (table[activation].scale * table[weight].scale).astype(np.float32)
     derived = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
     if bias in table and table[bias].same_as(derived):
