@@ -44,6 +44,13 @@ def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
     return ir.Shape([int(d) for d in tensor.shape.numpy()])
 
 
+def set_constant(value: ir.Value, array: NDArray[Any]) -> None:
+    """Gives an initializer new data. The old tensor stays whole for whoever else holds it."""
+    tensor = ir.tensor(array, name=value.name)
+    value.const_value = tensor
+    value.shape = shape_of(tensor)
+
+
 def unique_initializer_name(graph: ir.Graph, name: str) -> str:
     """``name``, or with the first number behind it that no initializer has."""
     candidate, number = name, 0
@@ -58,9 +65,33 @@ def like(value: ir.Value, name: str) -> ir.Value:
     return ir.Value(name=name, type=value.type, shape=value.shape)
 
 
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Lets every consumer use ``new``; graph outputs stay what they are."""
+    for node, index in list(old.uses()):
+        node.replace_input_with(index, new)
+
+
+def keeps_name(value: ir.Value) -> bool:
+    """True for inputs, initializers and outputs: someone outside knows them by name."""
+    return value.is_graph_input() or value.is_initializer() or value.is_graph_output()
+
+
 def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Lets every consumer and graph output use ``new``; an output keeps its name."""
+    """Lets every consumer and graph output use ``new``; an output keeps its name.
+
+    Where ``new`` has a name of its own to keep, as an input, an initializer or an output, an
+    Identity stands between it and the graph output.
+    """
     if old.is_graph_output() and old.name != new.name:
+        if keeps_name(new):
+            copy = ir.node("Identity", [new], name=f"Identity_{old.name}")
+            output = copy.outputs[0]
+            output.type, output.shape = new.type, new.shape
+            graph.append(copy)
+            replace_uses(old, new)
+            old.name, output.name = None, old.name
+            old.replace_all_uses_with(output, replace_graph_outputs=True)
+            return
         old.name, new.name = None, old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 

@@ -21,6 +21,7 @@ from qnpu.compiler.graph_checks import (
 from qnpu.compiler.graph_edit import (
     add_initializer,
     constant_array,
+    keeps_name,
     name_of,
     replace_value,
     shape_of,
@@ -99,7 +100,6 @@ def _simplify(model: ir.Model) -> int:
     )
     for clean in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.IdentityEliminationPass(),
         common.DeduplicateInitializersPass(size_limit=_FOLD_ELEMENTS),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
@@ -159,7 +159,7 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> int:
     output.name = None
     value = ir.Value(name=name, type=output.type, shape=shape_of(tensor), const_value=tensor)
     graph.register_initializer(value)
-    replace_value(graph, output, value)
+    output.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     return 1
 
@@ -168,7 +168,10 @@ def _drop_nan_guard(graph: ir.Graph, node: ir.Node) -> int:
     """Where(IsNaN(p), 0, p) → p for p = Softmax(·)."""
     if node.op_type != "Where" or not is_standard(node):
         return 0
-    condition, _, kept = node.inputs
+    condition, replacement, kept = node.inputs
+    zero = constant_array(replacement)
+    if zero is None or zero.any():
+        return 0
     test = condition.producer() if condition is not None else None
     if test is None or test.op_type != "IsNaN" or test.inputs[0] is not kept or kept is None:
         return 0
@@ -198,11 +201,14 @@ def _drop_empty_concat_input(graph: ir.Graph, node: ir.Node) -> int:
 
 
 def _drop_no_op(graph: ir.Graph, node: ir.Node) -> int:
-    """Dropout in inference, Cast to the type it has, Add of zero, Mul by one."""
+    """Identity, Dropout in inference, Cast to the type it has, Add of zero, Mul by one."""
     source = node.inputs[0] if node.inputs else None
     if source is None or not is_standard(node):
         return 0
-    if node.op_type == "Cast":
+    if node.op_type == "Identity":
+        # between two names that callers know it must stay
+        idle = not (node.outputs[0].is_graph_output() and keeps_name(source))
+    elif node.op_type == "Cast":
         idle = source.dtype is not None and source.dtype == node.outputs[0].dtype
     elif node.op_type in ("Add", "Mul"):
         source, idle = _neutral_operand(node)
@@ -232,7 +238,7 @@ def _neutral_operand(node: ir.Node) -> tuple[ir.Value | None, bool]:
     return None, False
 
 
-def _bias_into_gemm(graph: ir.Graph, node: ir.Node) -> int:
+def bias_into_gemm(graph: ir.Graph, node: ir.Node) -> int:
     """Add(MatMul(x, W), b) → Reshape(Gemm(Reshape(x), W, b)) for a constant W and 1-D b."""
     if node.op_type != "Add" or not is_standard(node):
         return 0
@@ -302,5 +308,5 @@ _REWRITES: tuple[Callable[[ir.Graph, ir.Node], int], ...] = (
     _drop_nan_guard,
     _drop_empty_concat_input,
     _drop_no_op,
-    _bias_into_gemm,
+    bias_into_gemm,
 )
