@@ -85,12 +85,14 @@ def as_linear(node: ir.Node) -> Linear | None:
     if first is None or second is None or first.is_initializer() == second.is_initializer():
         return None
     activation, weight = (second, first) if first.is_initializer() else (first, second)
-    if weight.shape is None:
+    if weight.shape is None or len(weight.shape) < 2 or not is_float(weight):
         return None
     axis = _channel_axis(node, weight is first, len(weight.shape))
     bias = rest[0] if rest else None
     if bias is not None and not (
-        bias.is_initializer()
+        # of a Gemm that has its weight first a 1-D bias runs along the other axis
+        (weight is second or node.op_type != "Gemm")
+        and bias.is_initializer()
         and bias.shape is not None
         and list(bias.shape) == [weight.shape[axis]]
     ):
@@ -116,7 +118,7 @@ def is_dynamic_matmul(node: ir.Node) -> bool:
     return (
         is_standard(node)
         and node.op_type == "MatMul"
-        and not any(v is None or v.is_initializer() for v in node.inputs)
+        and not any(v is None or v.is_initializer() or not is_float(v) for v in node.inputs)
     )
 
 
@@ -148,7 +150,7 @@ def encoding_groups(graph: ir.Graph) -> list[list[ir.Value]]:
     for node in graph:
         tied = layout_inputs(node)
         if tied:
-            tied += [v for v in node.outputs if is_float(v)]
+            tied += [v for v in node.outputs if is_float(v) and v.name]
         for value in tied[1:]:
             first, second = find(tied[0]), find(value)
             if first is not second:

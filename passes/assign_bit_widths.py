@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from qnpu.compiler.op_traits import (
     encoding_groups,
     is_dynamic_matmul,
     is_float,
+    is_layout_copy,
     layout_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
@@ -41,10 +42,10 @@ class AssignBitWidths(Pass):
     Roles (quantnpu.md §Setting): inputs and outputs of linears ``linear_bits``; an output that is
     added to another activation (the residual stream) or leaves the graph, and everything else,
     ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
-    ``kv_bits``, from where it is computed, so that a cache holds the narrow form. Weights are
-    signed, symmetric, per output channel; the last linear's at ``head_bits``. Biases are 32 bits,
-    derived from input and weight. An initializer used in two roles is given a second name; the
-    data is not copied.
+    ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
+    Weights are signed, symmetric, per output channel; the last linear's at ``head_bits``. Biases
+    are 32 bits, derived from input and weight. An initializer used in two roles is given a second
+    name; the data is not copied.
 
     Must not fire where an input already has the width its consumer wants.
 
@@ -97,70 +98,79 @@ class _Widths:
         self._scheme = scheme
         self._linears = linears
         self._bits: dict[ir.Value, int] = {}
+        self._group_bits: dict[ir.Value, int] = {}
+        self._made: dict[tuple[ir.Value, int], ir.Value] = {}
+        for value in graph.inputs:
+            if _is_keys_or_values(value):
+                self._bits[value] = scheme.kv_bits
         for node in linears:
-            narrow = not _feeds_residual_or_output(node.outputs[0])
-            bits = scheme.linear_bits if narrow else scheme.other_bits
-            self._bits[node.outputs[0]] = bits
+            wide = _joins_residual_or_output(node.outputs[0])
+            self._bits[node.outputs[0]] = scheme.other_bits if wide else scheme.linear_bits
         for node in graph:
             if _is_requantize_point(node):
-                self._bits[node.outputs[0]] = self._wanted_by_consumers(node.outputs[0])
+                self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
 
     def bits(self, value: ir.Value) -> int:
         """Width a value asks for; a layout copy asks for nothing, its group decides."""
-        producer = value.producer()
-        if producer is not None and layout_inputs(producer):
+        if is_layout_copy(value):
             return 0
         return self._bits.get(value, self._scheme.other_bits)
 
     def insert_requantize_points(self) -> int:
         """Puts an Identity wherever a consumer wants fewer bits than the value has."""
+        self._measure_groups()
         count = 0
-        made: dict[tuple[ir.Value, int], ir.Value] = {}
         for node in list(self._graph):
-            if node in self._linears:
-                index = list(node.inputs).index(self._linears[node].activation)
-                count += self._narrow(node, index, self._scheme.linear_bits, made)
-            elif is_dynamic_matmul(node):
-                count += self._narrow_sources(node, 1, self._scheme.kv_bits, made)
+            if is_dynamic_matmul(node):
+                count += self._narrow_sources(node, 1)
+        self._measure_groups()  # keys and values have left the groups they were in
+        for node, linear in self._linears.items():
+            index = list(node.inputs).index(linear.activation)
+            count += self._narrow(node, index, self._scheme.linear_bits)
         return count
 
-    def _narrow_sources(
-        self, node: ir.Node, index: int, bits: int, made: dict[tuple[ir.Value, int], ir.Value]
-    ) -> int:
-        """Narrows an operand where it is computed, before reshapes, transposes and concats."""
+    def _measure_groups(self) -> None:
+        for group in encoding_groups(self._graph):
+            bits = max(self.bits(value) for value in group)
+            self._group_bits.update(dict.fromkeys(group, bits))
+
+    def _narrow_sources(self, node: ir.Node, index: int) -> int:
+        """Narrows an operand where it is computed, before reshapes, transposes and concats.
+
+        Only as far up as nothing but keys and values is made of the source: not above the Split of
+        a joint query, key and value projection.
+        """
         operand = node.inputs[index]
         producer = operand.producer() if operand is not None else None
         tied = layout_inputs(producer) if producer is not None else []
         if operand is None:
             return 0
-        if producer is None or not tied or any(v.is_initializer() for v in tied):
-            count = self._narrow(node, index, bits, made)
-            if (operand, bits) in made and operand.is_graph_output():
-                _hand_out(self._graph, operand, made[operand, bits])
-            return count
-        return sum(
-            self._narrow_sources(producer, list(producer.inputs).index(value), bits, made)
-            for value in tied
-        )
-
-    def _narrow(
-        self, node: ir.Node, index: int, bits: int, made: dict[tuple[ir.Value, int], ir.Value]
-    ) -> int:
-        value = node.inputs[index]
-        if value is None or self._group_bits(value) <= bits:
-            return 0
-        count = 0
-        if (value, bits) not in made:
-            made[value, bits] = self._insert(value, bits)
-            count = 1
-        node.replace_input_with(index, made[value, bits])
+        if producer is not None and tied and all(_is_keys_or_values(v) for v in tied):
+            return sum(
+                self._narrow_sources(producer, list(producer.inputs).index(value)) for value in tied
+            )
+        bits = self._scheme.kv_bits
+        count = self._narrow(node, index, bits)
+        narrow = self._made.get((operand, bits))
+        if narrow is not None:
+            if _is_keys_or_values(operand):
+                for user, position in list(operand.uses()):
+                    if user is not narrow.producer():
+                        user.replace_input_with(position, narrow)
+            if operand.is_graph_output():
+                _hand_out(self._graph, operand, narrow)
         return count
 
-    def _group_bits(self, value: ir.Value) -> int:
-        """Width of a value, looking through the layout operators that made it."""
-        producer = value.producer()
-        tied = layout_inputs(producer) if producer is not None else []
-        return max((self._group_bits(v) for v in tied), default=0) or self.bits(value)
+    def _narrow(self, node: ir.Node, index: int, bits: int) -> int:
+        value = node.inputs[index]
+        if value is None or self._group_bits.get(value, self.bits(value)) <= bits:
+            return 0
+        count = 0
+        if (value, bits) not in self._made:
+            self._made[value, bits] = self._insert(value, bits)
+            count = 1
+        node.replace_input_with(index, self._made[value, bits])
+        return count
 
     def _insert(self, value: ir.Value, bits: int) -> ir.Value:
         name = f"{value.name}_requantized"
@@ -176,13 +186,15 @@ class _Widths:
         self._bits[output] = bits
         return output
 
-    def _wanted_by_consumers(self, value: ir.Value) -> int:
-        users = list(_users_through_layout(value))
-        return (
-            self._scheme.linear_bits
-            if any(user in self._linears for user in users)
-            else self._scheme.kv_bits
-        )
+    def _asked_by_consumers(self, value: ir.Value) -> int:
+        """The least width that a consumer of a requantize point asks for."""
+        asked = [self._scheme.other_bits]
+        for node, index in _computing_uses(value):
+            if node in self._linears:
+                asked.append(self._scheme.linear_bits)
+            elif is_dynamic_matmul(node) and index == 1:
+                asked.append(self._scheme.kv_bits)
+        return min(asked)
 
 
 def _hand_out(graph: ir.Graph, wide: ir.Value, narrow: ir.Value) -> None:
@@ -200,34 +212,52 @@ def _is_requantize_point(node: ir.Node) -> bool:
     return node.op_type == "Identity" and is_float(node.outputs[0])
 
 
-def _users_through_layout(value: ir.Value) -> Iterable[ir.Node]:
-    """Computing nodes that take a value, looking through layout operators."""
+def _copies(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and what layout operators and requantize points make of it."""
+    yield value
     for user in value.consumers():
-        if layout_inputs(user):
+        if layout_inputs(user) or _is_requantize_point(user):
             for output in user.outputs:
-                yield from _users_through_layout(output)
-        else:
-            yield user
+                yield from _copies(output)
 
 
-def _feeds_residual_or_output(value: ir.Value) -> bool:
-    if value.is_graph_output():
+def _computing_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Computing nodes that take a value or a copy of it, and the input they take it as."""
+    return [
+        (node, index)
+        for copy in _copies(value)
+        for node, index in copy.uses()
+        if not layout_inputs(node) and not _is_requantize_point(node)
+    ]
+
+
+def _is_keys_or_values(value: ir.Value) -> bool:
+    """True where a value is the second operand of attention's MatMuls and nothing else."""
+    uses = _computing_uses(value)
+    return bool(uses) and all(is_dynamic_matmul(node) and index == 1 for node, index in uses)
+
+
+def _joins_residual_or_output(value: ir.Value) -> bool:
+    """True where a value is added to an activation, or leaves the graph other than as a cache."""
+    if any(v.is_graph_output() and not _is_keys_or_values(v) for v in _copies(value)):
         return True
-    for user in value.consumers():
-        if layout_inputs(user):
-            if any(_feeds_residual_or_output(output) for output in user.outputs):
-                return True
-        elif user.op_type == "Add" and not any(
-            v is None or v.is_initializer() for v in user.inputs
-        ):
-            return True
-    return False
+    return any(
+        node.op_type == "Add" and _activations(node) > 1 for node, _ in _computing_uses(value)
+    )
+
+
+def _activations(node: ir.Node) -> int:
+    return sum(v is not None and not v.is_initializer() for v in node.inputs)
 
 
 def _reaches_output(node: ir.Node) -> bool:
+    """True where only operators of one activation, and no further linear, lie behind a node."""
     return any(
         value.is_graph_output()
-        or any(layout_inputs(user) and _reaches_output(user) for user in value.consumers())
+        or any(
+            _activations(user) == 1 and as_linear(user) is None and _reaches_output(user)
+            for user in value.consumers()
+        )
         for value in node.outputs
     )
 
@@ -245,7 +275,7 @@ def _separate_roles(graph: ir.Graph, linears: dict[ir.Node, Linear]) -> int:
                 role = f"weight{linear.channel_axis}"
             elif linear is not None and linear.bias is value:
                 # A bias's scale comes from its own linear, so two linears cannot share one.
-                role = f"bias of {node.name}"
+                role = f"bias of {id(node)}"
             roles.setdefault(value, {}).setdefault(role, []).append((node, index))
     count = 0
     for value, uses_by_role in roles.items():
