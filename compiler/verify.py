@@ -66,6 +66,10 @@ def _no_qdq(compilation: Compilation) -> Iterator[Fault]:
 
 
 def _planned(compilation: Compilation) -> Iterator[Fault]:
+    for node in compilation.graph:
+        for value in node.outputs:
+            if value.name and value.dtype is None:
+                yield "type is not known, so it may be a float", name_of(node), value.name
     for value in float_values(compilation.graph):
         if name_of(value) not in compilation.bit_plan:
             yield "float tensor is not in the bit plan", "", name_of(value)
@@ -104,7 +108,8 @@ def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
                     str(value.name),
                 )
     for value in graph.outputs:
-        if is_float(value) and not _is_dequantized(value):
+        computed = value.producer() is not None  # else an input or a constant, handed through
+        if is_float(value) and computed and not _is_dequantized(value):
             yield "float output is not dequantized", "", name_of(value)
 
 

@@ -11,7 +11,15 @@ from onnx_ir.passes import common
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.graph_edit import add_initializer, constant_array, like, name_of, register_tensor
+from qnpu.compiler.graph_checks import is_quantized
+from qnpu.compiler.graph_edit import (
+    add_initializer,
+    constant_array,
+    like,
+    name_of,
+    register_tensor,
+    replace_uses,
+)
 from qnpu.compiler.op_traits import float_values, is_float
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding, PerChannel
@@ -34,7 +42,8 @@ class InsertQdq(Pass):
     are explicit everywhere (a default one is uint8). A requantize point's Identity becomes its
     Q/DQ pair alone. Graph outputs keep their names and are the dequantized values.
 
-    Must not fire on integer tensors. Raises QN303 for a float tensor without an encoding.
+    Must not fire on integer tensors, a graph that has Q/DQ pairs, or an input or constant that is
+    handed through to an output. Raises QN303 for a float tensor without an encoding.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -43,6 +52,8 @@ class InsertQdq(Pass):
 
     def run(self, compilation: Compilation) -> int:
         graph, table = compilation.graph, compilation.encodings
+        if is_quantized(graph):
+            return 0
         values = float_values(graph)
         _check_complete(values, table)
         position = {node: index for index, node in enumerate(graph)}
@@ -79,17 +90,19 @@ def _store_quantized(
     quantized = register_tensor(graph, codes)
     dequantize = _dequantize(graph, name, quantized, encoding, like(value, f"{name}_dequantized"))
     graph.insert_before(first_user, dequantize)
-    value.replace_all_uses_with(dequantize.outputs[0], replace_graph_outputs=True)
-    del graph.initializers[name]
+    replace_uses(value, dequantize.outputs[0])
+    if not value.is_graph_output():
+        del graph.initializers[name]
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
     name = name_of(value)
     dequantized = like(value, f"{name}_dequantized")
-    if value.is_graph_output():
-        value.name, dequantized.name = f"{name}_unquantized", name
     uses = list(value.uses())
-    value.replace_all_uses_with(dequantized, replace_graph_outputs=True)
+    replace_uses(value, dequantized)
+    if value.is_graph_output() and not value.is_graph_input():
+        value.name, dequantized.name = f"{name}_unquantized", name
+        value.replace_all_uses_with(dequantized, replace_graph_outputs=True)
     scale, zero_point = _parameters(graph, name, encoding)
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}_QuantizeLinear")
     quantized = quantize.outputs[0]
@@ -104,7 +117,7 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
     producer = value.producer()
     if producer is not None:
         graph.insert_after(producer, [quantize, dequantize])
-    elif uses or dequantized.is_graph_output():
+    elif uses:
         graph.insert_before(next(iter(graph)), [quantize, dequantize])
 
 
