@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qnpu.compiler.pass_base import Compilation, Pass
 from qnpu.compiler.printer import model_to_text
@@ -23,9 +24,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def parse(text: str) -> ir.Model:
-    """A model from ONNX text; the header may be left out."""
+    """A model from ONNX text, with shapes inferred; the header may be left out."""
     text = dedent(text).strip()
-    return ir.from_onnx_text(text if text.startswith("<ir_version") else HEADER + text)
+    model = ir.from_onnx_text(text if text.startswith("<ir_version") else HEADER + text)
+    common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+    return model
 
 
 def apply(transform: Pass, model: ir.Model) -> int:
