@@ -357,8 +357,8 @@ class UnsupportedOpset(Rule):
 
     Example
         ```onnx
-        <ir_version: 3, opset_import: ["" : 6]>
-        g (float[1, 4] x) => (float[1, 4] y) { y = Relu(x) }
+        <ir_version: 3, opset_import: ["" : 5]>
+        g (float[1, 4] x) => (int32[1, 4] y) { y = Cast<to = "INT32">(x) }
         ```
 
     How to fix
