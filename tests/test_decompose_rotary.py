@@ -1,0 +1,109 @@
+"""decompose-rotary: RotaryEmbedding-23 in small operators."""
+
+from __future__ import annotations
+
+import pytest
+
+from qnpu.passes.decompose_rotary import DecomposeRotary
+from tests.conftest import (
+    apply,
+    assert_keeps,
+    assert_rewrites,
+    normal,
+    parse,
+    relative_error,
+    run_model,
+)
+
+TABLES = """
+    <float[1, 2, 2] cos = {1, 0.5, 0.25, 0.125}, float[1, 2, 2] sin = {0.1, 0.2, 0.3, 0.4}>
+"""
+
+
+def rotary(attributes: str = "", constants: str = TABLES, width: int = 4) -> str:
+    shape = f"float[1, 3, 2, {width}]"
+    node = f"y = RotaryEmbedding{attributes}(x, cos, sin)"
+    return f"r ({shape} x) => ({shape} y) {constants} {{ {node} }}"
+
+
+def test_golden() -> None:
+    assert_rewrites(
+        DecomposeRotary(),
+        rotary(),
+        """
+        r (float[1, 3, 2, 4] x) => (float[1, 3, 2, 4] y)
+        <float[1, 2, 2] cos = {1, 0.5, 0.25, 0.125}, float[1, 2, 2] sin = {0.1, 0.2, 0.3, 0.4},
+         float[1, 1, 2, 2] cos_row = {1, 0.5, 0.25, 0.125},
+         float[1, 1, 2, 2] sin_row = {0.1, 0.2, 0.3, 0.4},
+         int64[2] y_split = {2, 2}>
+        {
+            y_rotary_0_0, y_rotary_0_1 = Split<axis: int = -1>(x, y_split)
+            y_rotary_1_0 = Mul(y_rotary_0_0, cos_row)
+            y_rotary_2_0 = Mul(y_rotary_0_1, sin_row)
+            y_rotary_3_0 = Mul(y_rotary_0_1, cos_row)
+            y_rotary_4_0 = Mul(y_rotary_0_0, sin_row)
+            y_rotary_5_0 = Sub(y_rotary_1_0, y_rotary_2_0)
+            y_rotary_6_0 = Add(y_rotary_3_0, y_rotary_4_0)
+            y = Concat<axis: int = -1>(y_rotary_5_0, y_rotary_6_0)
+        }
+        """,
+        count=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "width"),
+    [("", 4), ("<rotary_embedding_dim: int = 4>", 4), ("<rotary_embedding_dim: int = 4>", 6)],
+)
+def test_numbers_stay(attributes: str, width: int) -> None:
+    model = parse(rotary(attributes, width=width))
+    x = normal(1, 3, 2, width)
+    expected = run_model(model, {"x": x})[0]
+    assert apply(DecomposeRotary(), model) == 1
+    assert relative_error(run_model(model, {"x": x})[0], expected) <= 2e-7
+
+
+def test_two_rotations_share_their_tables() -> None:
+    model = parse(
+        f"""
+        r (float[1, 3, 2, 4] x) => (float[1, 3, 2, 4] y, float[1, 3, 2, 4] z) {TABLES}
+        {{ y = RotaryEmbedding(x, cos, sin)  t = Neg(x)  z = RotaryEmbedding(t, cos, sin) }}
+        """
+    )
+    assert apply(DecomposeRotary(), model) == 2
+    rows = [name for name in model.graph.initializers if "row" in name]
+    assert rows == ["cos_row", "sin_row"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        rotary("<interleaved: int = 1>"),
+        # three dimensions
+        f"""
+        r (float[1, 2, 4] x) => (float[1, 2, 4] y) {TABLES}
+        {{ y = RotaryEmbedding<num_heads: int = 1>(x, cos, sin) }}
+        """,
+        # a computed table
+        """
+        r (float[1, 3, 2, 4] x, float[1, 2, 2] cos) => (float[1, 3, 2, 4] y)
+        <float[1, 2, 2] sin = {1, 2, 3, 4}>
+        { y = RotaryEmbedding(x, cos, sin) }
+        """,
+        # tables indexed at run time
+        """
+        r (float[1, 3, 2, 4] x, int64[1, 2] at) => (float[1, 3, 2, 4] y)
+        <float[2, 2] cos = {1, 2, 3, 4}, float[2, 2] sin = {1, 2, 3, 4}>
+        { y = RotaryEmbedding(x, cos, sin, at) }
+        """,
+        # an operator of this name in another domain
+        """
+        <ir_version: 11, opset_import: ["" : 23, "acme" : 1]>
+        r (float[1, 3, 2, 4] x) => (float[1, 3, 2, 4] y)
+        <float[1, 2, 2] cos = {1, 2, 3, 4}, float[1, 2, 2] sin = {1, 2, 3, 4}>
+        { y = acme.RotaryEmbedding(x, cos, sin) }
+        """,
+    ],
+)
+def test_other_rotations_stay(text: str) -> None:
+    assert_keeps(DecomposeRotary(), text)
