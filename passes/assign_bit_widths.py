@@ -100,7 +100,7 @@ class _Widths:
         self._bits: dict[ir.Value, int] = {}
         self._group_bits: dict[ir.Value, int] = {}
         self._made: dict[tuple[ir.Value, int], ir.Value] = {}
-        for value in graph.inputs:
+        for value in [*graph.inputs, *graph.initializers.values()]:
             if _is_keys_or_values(value):
                 self._bits[value] = scheme.kv_bits
         for node in linears:
