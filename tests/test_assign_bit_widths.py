@@ -1,0 +1,446 @@
+"""assign-bit-widths: widths by role, requantize points, and initializers with two roles."""
+
+from __future__ import annotations
+
+import pytest
+
+from qnpu.compiler.bit_plan import Scheme
+from qnpu.compiler.op_traits import encoding_groups
+from qnpu.compiler.pass_base import Compilation, Stage
+from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.target import load_target
+from qnpu.compiler.verify import verify_stage
+from qnpu.passes.assign_bit_widths import AssignBitWidths
+from tests.conftest import parse
+
+W = "float[2, 2] w = {1, 2, 3, 4}"
+MATRIX = "g (float[2, 2] x) => (float[2, 2] y)"
+V = "float[2, 2] v = {5, 6, 7, 8}"
+WEIGHT = "s8 symmetric per-channel(axis=1)"
+U8, U16 = "u8 asymmetric per-tensor", "u16 asymmetric per-tensor"
+
+
+def planned(text: str, scheme: str, target: str = "onnxruntime") -> tuple[Compilation, int]:
+    """Runs the pass, checks what holds of every plan, and a second run."""
+    compilation = Compilation(parse(text), load_target(target))
+    step = AssignBitWidths(Scheme.parse(scheme))
+    count = step.run(compilation)
+    compilation.stage = Stage.PLANNED
+    verify_stage(compilation)
+    for group in encoding_groups(compilation.graph):
+        widths = {compilation.bit_plan[v.name].bits for v in group if v.name}
+        assert len(widths) == 1, [v.name for v in group]
+    before = model_to_text(compilation.model), dict(compilation.bit_plan.specs)
+    assert step.run(compilation) == 0
+    assert (model_to_text(compilation.model), compilation.bit_plan.specs) == before
+    return compilation, count
+
+
+def specs(compilation: Compilation) -> dict[str, str]:
+    return {name: str(spec) for name, spec in compilation.bit_plan.specs.items()}
+
+
+def body(compilation: Compilation) -> list[str]:
+    lines = model_to_text(compilation.model).splitlines()
+    return [line.strip() for line in lines[lines.index("{") + 1 : -1]]
+
+
+NORM_THEN_LINEARS = f"""
+    g (float[1, 2] x) => (float[1, 2] out)
+    <float[2] gain = {{1, 2}}, {W}, {V}>
+    {{
+        y = RMSNormalization(x, gain)
+        q = MatMul(y, w)
+        k = MatMul(y, v)
+        a = Relu(q)
+        b = Neg(k)
+        out = Add(a, b)
+    }}
+"""
+
+
+def test_golden_narrow_activations() -> None:
+    compilation, count = planned(NORM_THEN_LINEARS, "w8a8")
+    assert count == 2  # a requantize point and a new plan
+    assert body(compilation) == [
+        "y = RMSNormalization(x, gain)",
+        "y_requantized = Identity(y)",
+        "q = MatMul(y_requantized, w)",
+        "k = MatMul(y_requantized, v)",
+        "a = Relu(q)",
+        "b = Neg(k)",
+        "out = Add(a, b)",
+    ]
+    assert specs(compilation) == {
+        "x": U16,
+        "gain": U16,
+        "w": "s8 symmetric per-channel(axis=1)",
+        "v": "s8 symmetric per-channel(axis=1)",
+        "y": U16,
+        "y_requantized": U8,
+        "q": U8,
+        "k": U8,
+        "a": U16,
+        "b": U16,
+        "out": U16,
+    }
+
+
+def test_wide_activations_need_no_point() -> None:
+    compilation, count = planned(NORM_THEN_LINEARS, "w4a16")
+    assert count == 1  # the plan alone
+    assert "Identity" not in model_to_text(compilation.model)
+    widths = {spec.bits for spec in compilation.bit_plan.specs.values()}
+    assert widths == {4, 16}
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w4a16", "w4a8"])
+def test_the_last_linear_has_eight_bits(scheme: str) -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[1, 2] x) => (float[1, 2] y) <{W}, {V}>
+        {{ a = MatMul(x, w)  b = Relu(a)  y = MatMul(b, v) }}
+        """,
+        scheme,
+    )
+    assert compilation.bit_plan["w"].bits == int(scheme[1])
+    assert compilation.bit_plan["v"].bits == 8
+
+
+@pytest.mark.parametrize(
+    "tail",
+    ["y = Softmax(h)", "t = Tanh(h)  y = Mul(t, c)", "r = Relu(h)  y = Reshape(r, s)"],
+)
+def test_a_head_may_have_operators_of_one_activation_behind_it(tail: str) -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[1, 2] x) => (float[1, 2] y) <{W}, {V}, float[1] c = {{30}}, int64[2] s = {{1, 2}}>
+        {{ a = MatMul(x, w)  b = Relu(a)  h = MatMul(b, v)  {tail} }}
+        """,
+        "w4a16",
+    )
+    assert (compilation.bit_plan["w"].bits, compilation.bit_plan["v"].bits) == (4, 8)
+
+
+def test_what_joins_the_residual_stream_stays_wide() -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[1, 2] x) => (float[1, 2] y)
+        <{W}, {V}, int64[2] s = {{1, 2}}, float[2] c = {{1, 2}}>
+        {{
+            a = MatMul(x, w)
+            b = Reshape(a, s)
+            r = Add(b, x)
+            d = MatMul(r, v)
+            e = Add(d, c)
+            y = Relu(e)
+        }}
+        """,
+        "w8a8",
+    )
+    plan = specs(compilation)
+    assert (plan["a"], plan["b"], plan["r"]) == (U16, U16, U16)
+    assert plan["d"] == U8  # a constant is no residual stream
+
+
+def test_keys_and_values_are_narrowed_where_they_are_computed() -> None:
+    compilation, count = planned(
+        f"""
+        g (float[1, 2] x) => (float[2, 1] y)
+        <{W}, {V}>
+        {{
+            q = MatMul(x, w)
+            query = Transpose<perm: ints = [1, 0]>(q)
+            key = Relu(x)
+            s = MatMul(query, key)
+            u = MatMul(x, v)
+            value = Transpose<perm: ints = [1, 0]>(u)
+            y = MatMul(s, value)
+        }}
+        """,
+        "w8a16",
+    )
+    assert count == 3
+    assert body(compilation) == [
+        "q = MatMul(x, w)",
+        "query = Transpose<perm: ints = [1, 0]>(q)",
+        "key = Relu(x)",
+        "key_requantized = Identity(key)",
+        "s = MatMul(query, key_requantized)",
+        "u = MatMul(x, v)",
+        "u_requantized = Identity(u)",
+        "value = Transpose<perm: ints = [1, 0]>(u_requantized)",
+        "y = MatMul(s, value)",
+    ]
+    plan = specs(compilation)
+    assert (plan["q"], plan["query"], plan["key"], plan["u"]) == (U16, U16, U16, U16)
+    assert (plan["key_requantized"], plan["u_requantized"], plan["value"]) == (U8, U8, U8)
+
+
+JOINT = f"""
+    g (float[1, 2] x) => (float[1, 2] y)
+    <float[2, 6] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}}, int64[3] thirds = {{2, 2, 2}}, {V}>
+    {{
+        joint = MatMul(x, w)
+        query, k, u = Split<axis: int = 1>(joint, thirds)
+        key = Transpose<perm: ints = [1, 0]>(k)
+        s = MatMul(query, key)
+        p = Softmax(s)
+        h = MatMul(p, u)
+        y = MatMul(h, v)
+    }}
+"""
+
+
+def test_queries_of_a_joint_projection_stay_wide() -> None:
+    compilation, _ = planned(JOINT, "w8a16")
+    assert body(compilation)[1:5] == [
+        "query, k, u = Split<axis: int = 1>(joint, thirds)",
+        "u_requantized = Identity(u)",
+        "k_requantized = Identity(k)",
+        "key = Transpose<perm: ints = [1, 0]>(k_requantized)",
+    ]
+    plan = specs(compilation)
+    assert [plan[name] for name in ("joint", "query", "k", "u")] == [U16] * 4
+    assert [plan[name] for name in ("k_requantized", "key", "u_requantized")] == [U8] * 3
+
+
+def test_a_joint_projection_that_is_narrow_already_needs_no_point() -> None:
+    compilation, _ = planned(JOINT, "w8a8")
+    plan = specs(compilation)
+    assert [plan[name] for name in ("joint", "query", "k", "key", "u")] == [U8] * 5
+    assert "k_requantized" not in plan
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_tensor_that_is_query_and_key_stays_wide_as_query(scheme: str) -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[2, 2] x) => (float[2, 2] y) <{W}>
+        {{
+            n = Relu(x)
+            t = Transpose<perm: ints = [1, 0]>(n)
+            s = MatMul(n, t)
+            y = MatMul(s, w)
+        }}
+        """,
+        scheme,
+    )
+    plan = specs(compilation)
+    assert (plan["n"], plan["t"], plan["t_requantized"]) == (U16, U16, U8)
+
+
+CACHE = """
+    g (float[1, 1, 2, 2] q, float[1, 1, 3, 2] past, float[1, 1, 2, 2] new)
+      => (float[1, 1, 2, 5] y, float[1, 1, 5, 2] present)
+    {
+        k = Relu(new)
+        present = Concat<axis: int = 2>(past, k)
+        t = Transpose<perm: ints = [0, 1, 3, 2]>(present)
+        y = MatMul(q, t)
+    }
+"""
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_cache_is_narrow_in_and_out(scheme: str) -> None:
+    compilation, _ = planned(CACHE, scheme)
+    plan = specs(compilation)
+    assert [plan[name] for name in ("past", "k_requantized", "present", "t")] == [U8] * 4
+    assert plan["k"] == U16
+    assert [v.name for v in compilation.graph.inputs] == ["q", "past", "new"]
+    assert [v.name for v in compilation.graph.outputs] == ["y", "present"]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("w8a16", U16), ("w8a8", U8)])
+def test_a_cache_that_a_linear_fills(scheme: str, width: str) -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[2, 1] p, float[1, 2] x) => (float[2, 2] y, float[1, 2] present) <{W}>
+        {{ present = MatMul(x, w)  y = MatMul(p, present) }}
+        """,
+        scheme,
+    )
+    plan = specs(compilation)
+    assert plan["present"] == U8
+    assert [v.name for v in compilation.graph.outputs] == ["y", "present"]
+    assert plan.get("present_requantized_from", U8) == width
+
+
+def test_a_cache_written_beside_the_attention_is_narrow_too() -> None:
+    """One transpose for the cache, another for the product: both take the narrow tensor."""
+    compilation, _ = planned(
+        """
+        g (float[2, 2] q, float[2, 2] x) => (float[2, 2] y, float[2, 2] present)
+        {
+            k = Relu(x)
+            present = Transpose<perm: ints = [1, 0]>(k)
+            key = Transpose<perm: ints = [0, 1]>(k)
+            y = MatMul(q, key)
+        }
+        """,
+        "w8a16",
+    )
+    plan = specs(compilation)
+    assert (plan["k"], plan["k_requantized"], plan["present"], plan["key"]) == (U16, U8, U8, U8)
+
+
+def test_a_constant_that_only_keys_are_made_of_is_narrow() -> None:
+    compilation, _ = planned(
+        """
+        g (float[2, 1] q, float[1, 2] x) => (float[2, 4] y) <float[1, 2] sink = {1, 2}>
+        { k = Relu(x)  all = Concat<axis: int = 1>(sink, k)  y = MatMul(q, all) }
+        """,
+        "w8a16",
+    )
+    plan = specs(compilation)
+    assert [plan[name] for name in ("sink", "k_requantized", "all")] == [U8] * 3
+
+
+def test_a_narrow_member_of_a_wide_group_is_narrowed_for_its_linear() -> None:
+    """a alone would have 8 bits; the Concat ties it to 16, so the linear needs a point."""
+    compilation, _ = planned(
+        f"""
+        g (float[1, 2] x, float[1, 2] r) => (float[1, 2] y, float[1, 4] z) <{W}, {V}>
+        {{
+            a = MatMul(x, w)
+            s = Relu(r)
+            z = Concat<axis: int = 1>(a, s)
+            y = MatMul(a, v)
+        }}
+        """,
+        "w8a8",
+    )
+    plan = specs(compilation)
+    assert (plan["a"], plan["s"], plan["z"], plan["a_requantized"]) == (U16, U16, U16, U8)
+    assert "y = MatMul(a_requantized, v)" in body(compilation)
+
+
+def test_an_input_whose_copy_is_an_output_is_one_group() -> None:
+    compilation, _ = planned(
+        "g (float[1, 4] x) => (float[4] y) <int64[1] s = {4}> { y = Reshape(x, s) }", "w8a8"
+    )
+    assert specs(compilation) == {"x": U16, "y": U16}
+
+
+def test_an_identity_before_an_output_is_as_wide_as_the_rest() -> None:
+    compilation, _ = planned("g (float[4] x) => (float[4] y) { y = Identity(x) }", "w8a16")
+    assert specs(compilation) == {"x": U16, "y": U16}
+
+
+def test_a_table_that_is_also_a_weight_gets_two_names() -> None:
+    compilation, count = planned(
+        f"""
+        g (int64[1, 1] ids) => (float[1, 1, 2] y) <{W}>
+        {{ x = Gather(w, ids)  y = MatMul(x, w) }}
+        """,
+        "w8a16",
+    )
+    assert count == 2
+    assert specs(compilation) == {"w": U16, "w_1": WEIGHT, "x": U16, "y": U16}
+    tensors = [v.const_value for v in compilation.graph.initializers.values()]
+    assert tensors[0] is tensors[1]
+
+
+def test_a_weight_used_along_two_axes_gets_two_names() -> None:
+    compilation, _ = planned(
+        f"""
+        g (float[1, 2] x) => (float[1, 2] y) <{W}>
+        {{ a = Gemm<transB: int = 1>(x, w)  b = Relu(a)  y = MatMul(b, w) }}
+        """,
+        "w8a16",
+    )
+    plan = specs(compilation)
+    assert plan["w"] == "s8 symmetric per-channel(axis=0)"
+    assert plan["w_1"] == "s8 symmetric per-channel(axis=1)"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_two_linears_never_share_a_bias(named: bool) -> None:
+    text = f"""
+        g (float[1, 2] x) => (float[1, 2] y) <{W}, {V}, float[2] b = {{1, 2}}>
+        {{ [one] h = Gemm(x, w, b)  a = Relu(h)  [two] y = Gemm(a, v, b) }}
+    """
+    compilation, count = planned(
+        text if named else text.replace("[one]", "").replace("[two]", ""), "w8a16"
+    )
+    assert count == 2
+    plan = specs(compilation)
+    assert plan["b"] == plan["b_1"] == "s32 symmetric per-channel(axis=0)"
+
+
+def test_two_linears_may_share_a_weight() -> None:
+    compilation, count = planned(
+        f"""
+        g (float[1, 2] x) => (float[1, 2] y) <{W}>
+        {{ h = MatMul(x, w)  a = Relu(h)  y = MatMul(a, w) }}
+        """,
+        "w8a16",
+    )
+    assert (count, specs(compilation)["w"]) == (1, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("node", "weight", "axis"),
+    [
+        ("MatMul(x, w)", "float[2, 3] w = {1, 2, 3, 4, 5, 6}", 1),
+        ("MatMul(w, x)", "float[3, 2] w = {1, 2, 3, 4, 5, 6}", 0),
+        ("Gemm(x, w)", "float[2, 3] w = {1, 2, 3, 4, 5, 6}", 1),
+        ("Gemm<transB: int = 1>(x, w)", "float[3, 2] w = {1, 2, 3, 4, 5, 6}", 0),
+        ("Gemm(w, x)", "float[3, 2] w = {1, 2, 3, 4, 5, 6}", 0),
+        ("Gemm<transA: int = 1>(w, x)", "float[2, 3] w = {1, 2, 3, 4, 5, 6}", 1),
+    ],
+)
+def test_channel_axis_of_weights(node: str, weight: str, axis: int) -> None:
+    rows, columns = (2, 3) if "(x" in node else (3, 2)
+    compilation, _ = planned(
+        f"g (float[2, 2] x) => (float[{rows}, {columns}] y) <{weight}> {{ y = {node} }}", "w8a16"
+    )
+    assert specs(compilation)["w"] == f"s8 symmetric per-channel(axis={axis})"
+
+
+def test_convolutions() -> None:
+    compilation, _ = planned(
+        """
+        g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y)
+        <float[2, 1, 1, 1] w = {1, 2}, float[2] b = {1, 2}, float[2, 1, 1, 1] t = {1, 2}>
+        { a = Conv(x, w, b)  c = Relu(a)  y = ConvTranspose(c, t) }
+        """,
+        "w8a16",
+    )
+    plan = specs(compilation)
+    assert plan["w"] == "s8 symmetric per-channel(axis=0)"
+    assert plan["b"] == "s32 symmetric per-channel(axis=0)"
+    assert plan["t"] == "s8 symmetric per-channel(axis=1)"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        # its bias runs over columns, the weight's channels are rows
+        (f"{MATRIX} <{W}, float[2] b = {{1, 2}}> {{ y = Gemm(w, x, b) }}", "b"),
+        # not one number per channel
+        (f"{MATRIX} <{W}, float[1] b = {{1}}> {{ y = Gemm(x, w, b) }}", "b"),
+        # a vector has no output channels
+        ("g (float[2, 2] x) => (float[2] y) <float[2] w = {1, 2}> { y = MatMul(x, w) }", "w"),
+    ],
+)
+def test_constants_that_are_neither_weight_nor_bias(text: str, name: str) -> None:
+    compilation, _ = planned(text, "w8a16")
+    assert specs(compilation)[name] == U16
+
+
+def test_integers_have_no_place_in_the_plan() -> None:
+    compilation, count = planned(
+        "g (int64[2, 2] x) => (int64[2, 2] y) <int64[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }",
+        "w8a8",
+    )
+    assert (count, specs(compilation)) == (0, {})
+
+
+def test_the_target_decides_the_kind() -> None:
+    compilation, _ = planned(NORM_THEN_LINEARS, "w8a8", "mediatek-mdla")
+    plan = specs(compilation)
+    assert plan["x"] == "s16 symmetric per-tensor"
+    assert plan["q"] == "s8 symmetric per-tensor"
+    assert plan["w"] == "s8 symmetric per-channel(axis=1)"
