@@ -117,7 +117,8 @@ def missing_encodings(graph: ir.Graph) -> list[Diagnostic]:
         if value in parameters or (producer is not None and producer.op_type == quantizers[1]):
             continue
         users = value.consumers()
-        bare = value.is_graph_output() or any(user.op_type != quantizers[0] for user in users)
+        handed_out = value.is_graph_output() and producer is not None
+        bare = handed_out or any(user.op_type != quantizers[0] for user in users)
         if bare:
             faults.append(MissingEncoding(name_of(value)).at(value=name_of(value)))
     return faults
