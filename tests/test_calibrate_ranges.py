@@ -1,0 +1,196 @@
+"""calibrate-ranges: every tensor gets an encoding, from itself, its operator, or data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qnpu.compiler.bit_plan import Scheme
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.pass_base import Compilation, Stage
+from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.quant_types import QuantSpec
+from qnpu.compiler.target import load_target
+from qnpu.compiler.verify import verify_stage
+from qnpu.passes.assign_bit_widths import AssignBitWidths
+from qnpu.passes.calibrate_ranges import CalibrateRanges, fixed_encoding
+from qnpu.runtime_check.feeds import ArraySamples, FeedSource
+from qnpu.runtime_check.observer import RangeMethod
+from tests.conftest import normal, parse
+
+NETWORK = """
+    g (float[2, 4] x) => (float[2, 2] y)
+    <float[4, 2] w = {1, -8, 2, 7, -3, 6, 4, 5}, float[2] b = {1, -2}, float[2] c = {0.5, 3},
+     int64[2] shape = {2, 2}>
+    {
+        h = Gemm(x, w, b)
+        r = Reshape(h, shape)
+        m = Mul(r, c)
+        p = Softmax(m)
+        t = Tanh(p)
+        y = Sigmoid(t)
+    }
+"""
+
+
+def calibrated(
+    text: str,
+    data: FeedSource,
+    *,
+    scheme: str = "w8a16",
+    target: str = "onnxruntime",
+    method: RangeMethod = RangeMethod.MIN_MAX,
+    segment_bytes: int = 2**20,
+) -> tuple[Compilation, int]:
+    compilation = Compilation(parse(text), load_target(target))
+    AssignBitWidths(Scheme.parse(scheme)).run(compilation)
+    before = model_to_text(compilation.model)
+    count = CalibrateRanges(data, method, segment_bytes).run(compilation)
+    assert model_to_text(compilation.model) == before
+    compilation.stage = Stage.ENCODED
+    verify_stage(compilation)
+    return compilation, count
+
+
+def test_what_is_encoded_and_how() -> None:
+    x = normal(6, 4)
+    compilation, count = calibrated(NETWORK, ArraySamples({"x": x}))
+    table = compilation.encodings
+    # not the bias (derived) and not the copy r (shared)
+    assert set(table) == {"x", "w", "c", "h", "m", "p", "t", "y"}
+    assert count == len(table)
+    np.testing.assert_allclose(table["w"].scale, np.array([4, 8]) / 127, rtol=1e-7)
+    np.testing.assert_allclose(table["c"].scale, 3 / 65535, rtol=1e-7)
+    span = x.max() - x.min()
+    np.testing.assert_allclose(table["x"].scale, span / 65535, rtol=1e-6)
+    h = x @ np.array([[1, -8], [2, 7], [-3, 6], [4, 5]]) + [1, -2]
+    np.testing.assert_allclose(table["h"].scale, (h.max() - h.min()) / 65535, rtol=1e-6)
+
+
+def test_a_second_run_measures_nothing_new() -> None:
+    data = ArraySamples({"x": normal(2, 4)})
+    compilation, _ = calibrated(NETWORK, data)
+    before = {name: compilation.encodings[name] for name in compilation.encodings}
+    assert CalibrateRanges(data).run(compilation) == 0
+    assert all(compilation.encodings[name].same_as(before[name]) for name in before)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 2**20])
+@pytest.mark.parametrize("method", list(RangeMethod))
+def test_cuts_do_not_change_the_numbers(limit: int, method: RangeMethod) -> None:
+    data = ArraySamples({"x": normal(8, 4)})
+    expected, _ = calibrated(NETWORK, data, method=method)
+    actual, _ = calibrated(NETWORK, data, method=method, segment_bytes=limit)
+    assert list(actual.encodings) == list(expected.encodings)
+    assert all(
+        actual.encodings[name].same_as(expected.encodings[name]) for name in actual.encodings
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "softmax", "tanh"),
+    [
+        ("onnxruntime", "w8a16", (2**-16, 0), (2**-15, 2**15)),
+        ("mediatek-mdla", "w8a16", (2**-15, 0), (2**-15, 0)),
+    ],
+)
+def test_fixed_ranges_have_power_of_two_scales(
+    target: str, scheme: str, softmax: tuple[float, int], tanh: tuple[float, int]
+) -> None:
+    data = ArraySamples({"x": normal(2, 4)})
+    compilation, _ = calibrated(NETWORK, data, target=target, scheme=scheme)
+    for name, expected in (("p", softmax), ("y", softmax), ("t", tanh)):
+        encoding = compilation.encodings[name]
+        assert (float(encoding.scale), int(encoding.zero_point)) == expected
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_fixed_encodings_reach_the_range_but_for_one_step(
+    bits: int, signed: bool, low: float
+) -> None:
+    encoding = fixed_encoding(QuantSpec(bits, signed, signed), low, 1.0)
+    step = float(encoding.scale)
+    assert np.log2(step) == np.floor(np.log2(step))
+    assert float(encoding.high) == 1.0 - step
+    if low < 0:
+        assert float(encoding.low) in (-1.0, -1.0 + step)  # symmetric codes leave the lowest out
+    else:
+        assert float(encoding.low) <= 0.0
+
+
+def test_four_bit_weights_are_clipped_eight_bit_ones_are_not() -> None:
+    values = np.concatenate([normal(63), [8.0]]).astype(np.float32)
+    text = f"""
+        g (float[1, 64] x) => (float[1, 1] y)
+        <float[64, 1] w = {{{", ".join(map(str, values))}}}, float[1, 1] v = {{1}}>
+        {{ h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }}
+    """
+    data = ArraySamples({"x": normal(2, 64)})
+    eight, _ = calibrated(text, data)
+    four, _ = calibrated(text, data, scheme="w4a16")
+    np.testing.assert_allclose(eight.encodings["w"].scale, [8 / 127], rtol=1e-6)
+    assert float(four.encodings["w"].scale[0]) < 0.95 * 8 / 7
+
+
+def test_progress_ends_at_one() -> None:
+    seen: list[tuple[str, float]] = []
+    compilation = Compilation(parse(NETWORK))
+    AssignBitWidths(Scheme.parse("w8a16")).run(compilation)
+    data = ArraySamples({"x": normal(4, 4)})
+    CalibrateRanges(data, progress=lambda step, part: seen.append((step, part))).run(compilation)
+    parts = [part for _, part in seen]
+    assert {step for step, _ in seen} == {"calibrate"}
+    assert parts == sorted(parts)
+    assert parts[-1] == 1.0
+
+
+def fault(text: str, data: FeedSource) -> list[str]:
+    with pytest.raises(DiagnosticError) as caught:
+        calibrated(text, data)
+    return caught.value.codes
+
+
+@pytest.mark.parametrize("numbers", ["{0.0, 1.0}", "{1.0, 2.0}", "{-1.0, 1.0}"])
+def test_infinite_activations(numbers: str) -> None:
+    """0/0 is NaN, 1/0 infinite; a tensor that is +inf throughout is no less a fault."""
+    text = f"""
+        g (float[2] x) => (float[2] y) <float[2] one = {numbers}, float zero = {{0}}>
+        {{ a = Mul(x, one)  y = Div(a, zero) }}
+    """
+    assert fault(text, ArraySamples({"x": np.ones((2,), np.float32)})) == ["QN304"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_infinite_inputs(bad: float) -> None:
+    x = np.array([1, bad], np.float32)
+    text = "g (float[2] x) => (float[2] y) { y = Relu(x) }"
+    assert fault(text, ArraySamples({"x": x})) == ["QN304"]
+
+
+def test_infinite_weights() -> None:
+    text = """
+        g (float[1, 1] x) => (float[1, 1] y) <float[1, 1] w = {inf}, float[1, 1] v = {nan}>
+        { h = MatMul(x, w)  y = MatMul(h, v) }
+    """
+    assert fault(text, ArraySamples({"x": normal(1, 1)})) == ["QN107", "QN107"]
+
+
+def test_data_that_do_not_fit() -> None:
+    assert fault(NETWORK, ArraySamples({"x": normal(2, 5)})) == ["QN301"]
+
+
+def test_scalars_and_empty_tensors() -> None:
+    compilation, _ = calibrated(
+        """
+        g (float[2, 4] x) => (float y) <float[0] none = {}, int64[1] all = {-1}>
+        {
+            flat = Reshape(x, all)
+            more = Concat<axis: int = 0>(flat, none)
+            y = ReduceSum<keepdims: int = 0>(more)
+        }
+        """,
+        ArraySamples({"x": np.ones((2, 4), np.float32)}),
+    )
+    np.testing.assert_allclose(compilation.encodings["y"].scale, 8 / 65535, rtol=1e-7)
