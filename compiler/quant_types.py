@@ -142,7 +142,7 @@ class Encoding:
             zero = np.full(scale.shape, 0 if spec.signed else 2 ** (spec.bits - 1))
         else:
             zero = np.clip(np.rint(spec.q_min - low64 / scale), spec.q_min, spec.q_max)
-        return cls(spec, scale, zero.astype(np.int32))
+        return cls(spec, scale, np.asarray(zero).astype(np.int32))  # 0-d stays an array
 
     @property
     def low(self) -> NDArray[np.float64]:
