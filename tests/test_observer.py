@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 from qnpu.runtime_check.observer import Observer, RangeMethod, channel_range

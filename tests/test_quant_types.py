@@ -125,7 +125,7 @@ def test_channels_are_independent() -> None:
 def test_a_bias_saturates_and_does_not_wrap(side: int) -> None:
     """float32 has no 2^31 - 1: a clip in float32 lets 2^31 through, which wraps to -2^31."""
     encoding = Encoding(
-        QuantSpec(32, True, True), np.float32(1e-9).reshape(()), np.int32(0).reshape(())
+        QuantSpec(32, True, True), np.array(1e-9, np.float32), np.array(0, np.int32)
     )
     codes = encoding.quantize(np.array([side * 2.1474836, side * 3.0], np.float32))
     assert (np.sign(codes) == side).all()
@@ -150,7 +150,8 @@ def test_same_as() -> None:
     assert not encoding.same_as(Encoding.from_range(spec, -1.0, 2.5))
     assert not encoding.same_as(Encoding.from_range(spec, -1.5, 1.5))
     assert not encoding.same_as(Encoding.from_range(QuantSpec(16, False, False), -1.0, 2.0))
-    assert PerTensor() == PerTensor() != PerChannel(0)
+    assert PerTensor() == PerTensor()
+    assert PerChannel(0) != PerChannel(1)
 
 
 @cache

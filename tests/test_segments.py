@@ -1,0 +1,154 @@
+"""Running a graph in segments: the same bits as whole, holding only what crosses a cut."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_edit import register_tensor, static_shape
+from qnpu.runtime_check.segments import SegmentRunner, cut_segments
+from qnpu.runtime_check.session import Feeds, open_session
+from tests.conftest import Array, normal, parse, run_model
+
+# x is needed at both ends, b twice and late; c and d die at once. 64 bytes each, but s (16) and t.
+GRAPH = """
+    g (float[4, 4] x) => (float[4, 4] y, float[4, 4] b)
+    <float[4, 4] w = {1, 0, 2, 0, 0, 1, 0, 2, 3, 0, 1, 0, 0, 3, 0, 1}, int64[2] halves = {2, 2}>
+    {
+        a = MatMul(x, w)
+        b = Relu(a)
+        c = Neg(b)
+        d = Exp(c)
+        s, t = Split<axis: int = 1>(d, halves)
+        e = Concat<axis: int = 1>(t, s)
+        f = Add(e, b)
+        y = Sub(f, x)
+    }
+"""
+NAMES = {"a", "b", "c", "d", "s", "t", "e", "f", "y"}
+LIMITS = [0, 1, 64, 100, 128, 200, 300, 2**20]
+
+
+def whole(model: ir.Model, feeds: Feeds) -> dict[str, Array]:
+    every = model.clone()
+    every.graph.outputs.clear()
+    every.graph.outputs.extend(v for node in every.graph for v in node.outputs)
+    names = [v.name or "" for v in every.graph.outputs]
+    return dict(zip(names, run_model(every, feeds), strict=True))
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_every_value_equals_a_run_of_the_whole(limit: int) -> None:
+    model = parse(GRAPH)
+    batches = [{"x": normal(4, 4, seed=i)} for i in range(3)]
+    expected = [whole(model, feeds) for feeds in batches]
+    seen: set[tuple[int, str]] = set()
+    for step in SegmentRunner(model, batches, limit).stream(NAMES):
+        for name, array in step.values.items():
+            np.testing.assert_array_equal(array, expected[step.batch][name])
+            assert (step.batch, name) not in seen
+            seen.add((step.batch, name))
+        assert step.last == (step.batch == 2)
+    assert seen == {(batch, name) for batch in range(3) for name in NAMES}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_segments_fit_the_limit_and_cover_the_graph(limit: int) -> None:
+    graph = parse(GRAPH).graph
+    segments = cut_segments(graph, limit)
+    assert [node for segment in segments for node in segment.nodes] == list(graph)
+    for segment in segments:
+        size = sum(4 * prod(static_shape(v) or ()) for node in segment.nodes for v in node.outputs)
+        assert size <= limit or len(segment.nodes) == 1
+
+
+def test_what_crosses_the_cuts() -> None:
+    segments = cut_segments(parse(GRAPH).graph, 128)
+    taken = [[v.name for v in segment.takes] for segment in segments]
+    handed = [[v.name for v in segment.hands_on] for segment in segments]
+    assert [[n.outputs[0].name for n in s.nodes] for s in segments] == [
+        ["a", "b"],
+        ["c", "d"],
+        ["s", "e"],
+        ["f", "y"],
+    ]
+    assert taken == [["x"], ["b"], ["d"], ["e", "b", "x"]]
+    assert handed == [["b"], ["d"], ["e"], []]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_only_what_crosses_is_held(limit: int) -> None:
+    """After a segment each batch holds just what later segments take."""
+    model = parse(GRAPH)
+    runner = SegmentRunner(model, [{"x": normal(4, 4)}, {"x": normal(4, 4)}], limit)
+    held: list[set[str]] = []
+    drop = runner._drop_dead
+
+    def dropped(index: int) -> None:
+        drop(index)
+        held.extend(set(feeds) for feeds in runner._crossing)
+        needed = {v.name or "" for s in runner.segments[index + 1 :] for v in s.takes}
+        assert all(set(feeds) <= needed for feeds in runner._crossing)
+
+    runner._drop_dead = dropped  # type: ignore[method-assign]
+    for _ in runner.stream({"y"}):
+        pass
+    assert held[-1] == set()
+    assert max(len(names) for names in held) <= 4  # x, b, s, t
+
+
+def test_the_callers_feeds_are_left_alone() -> None:
+    feeds = {"x": normal(4, 4)}
+    for _ in SegmentRunner(parse(GRAPH), [feeds], 64).stream(set()):
+        pass
+    assert set(feeds) == {"x"}
+
+
+def test_a_segment_that_nobody_wants_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse(GRAPH)
+    opened: list[object] = []
+
+    def counted(*args: Any) -> Any:
+        opened.append(args)
+        return open_session(*args)
+
+    monkeypatch.setattr("qnpu.runtime_check.segments.open_session", counted)
+    list(SegmentRunner(model, [{"x": normal(4, 4)}], 128).stream({"b"}))
+    assert len(opened) == 3  # the last one hands nothing on
+    opened.clear()
+    list(SegmentRunner(model, [{"x": normal(4, 4)}], 2**20).stream(set()))
+    assert not opened
+
+
+def test_a_graph_that_does_not_run() -> None:
+    model = parse(
+        """
+        g (float[1, 4] x) => (float[1, 3] y)
+        <float[5, 3] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}>
+        { y = MatMul(x, w) }
+        """
+    )
+    with pytest.raises(DiagnosticError) as caught:
+        list(SegmentRunner(model, [{"x": normal(1, 4)}]).stream({"y"}))
+    assert caught.value.codes == ["QN116"]
+
+
+def test_four_bit_constants_cross_into_a_segment() -> None:
+    """As raw bytes, two elements each."""
+    model = parse("g (float[3] x) => (float[3] y) <float s = {0.5}> { d = Neg(x)  y = Mul(d, s) }")
+    codes = np.array([-8, 7, 3]).astype(ml_dtypes.int4)
+    tensor = ir.tensor(codes, dtype=ir.DataType.INT4, name="q")
+    value = register_tensor(model.graph, tensor)
+    node = ir.node("DequantizeLinear", [value, model.graph.initializers["s"]])
+    node.outputs[0].name = "w"
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = ir.Shape([3])
+    model.graph.insert_before(next(iter(model.graph)), node)
+    steps = list(SegmentRunner(model, [{"x": normal(3)}]).stream({"w"}))
+    assert steps[0].values["w"].tolist() == [-4.0, 3.5, 1.5]
