@@ -34,10 +34,12 @@ from qnpu.compiler.pipeline import (
     CheckResult,
     check_result,
     compile_model,
+    find_topology,
     write_result,
 )
 from qnpu.compiler.rules import InvalidConfig, WouldOverwrite, manual_page
 from qnpu.compiler.target import target_names
+from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.runtime_check.observer import RangeMethod
@@ -101,6 +103,14 @@ def _compile(
             f"Default: {_DEFAULTS.range_method}."
         ),
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Fuse rotations into a decoder's weights."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the rotations. Default: 0.")] = None,
+    explain_topology: Annotated[
+        bool, typer.Option("--explain-topology", help="Print the decoder as found, and stop.")
+    ] = False,
     mask_value: Annotated[
         float | None,
         typer.Option(help=f"Attention mask constant. Default: {_DEFAULTS.mask_value:g}."),
@@ -146,6 +156,8 @@ def _compile(
         "calib_windows": calib_windows,
         "seq_len": seq_len,
         "range_method": range_method,
+        "rotate": rotate,
+        "seed": seed,
         "mask_value": mask_value,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
         "keep_inputs": tuple(keep_input) if keep_input else None,
@@ -157,6 +169,9 @@ def _compile(
     }
     from_file = read_config(config) if config else {}
     settings = CompileConfig(**from_file | {k: v for k, v in options.items() if v is not None})
+    if explain_topology:
+        _print_topology(model, settings, quiet)
+        return
     check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", REPORT_NAME])
     times: dict[str, float] = {}
 
@@ -193,6 +208,23 @@ def _compile(
         print_json(summary)
     else:
         _print_summary(opened.name, settings.scheme, summary)
+
+
+def _print_topology(model: str, settings: CompileConfig, quiet: bool) -> None:
+    with (
+        progress_bars(shown=not quiet) as progress,
+        open_model(model, settings, progress) as opened,
+    ):
+        topology = find_topology(opened.model, settings)
+    if topology is None:
+        error_console().print(f"{model}: no decoder: no embedding feeds a norm or a linear")
+        sys.exit(EXIT_FAULT)
+    table = Table(title=f"{opened.name}: stream of {topology.stream.width}", title_justify="left")
+    for heading in ("role", "node", "weight, or why not"):
+        table.add_column(heading)
+    for row in describe(topology):
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
 
 
 def _parse_dims(items: list[str]) -> dict[str, int]:
@@ -413,6 +445,7 @@ qnpu-compile smollm2-135m --scheme w8a16 --out out
 qnpu-compile model.onnx --scheme w4a8 --calib my.txt --tokenizer my-model/
 qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
 qnpu-compile model.onnx --config compile.toml --json
+qnpu-compile model.onnx --explain-topology
 """,
 )
 export_app = _app(

@@ -28,6 +28,7 @@ class CompileConfig:
         calib_windows: windows of text to calibrate on.
         seq_len: tokens per run of the graph.
         range_method: how activation ranges are taken from data.
+        rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         mask_value: constant that replaces minus infinity in attention masks, real.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
@@ -36,7 +37,7 @@ class CompileConfig:
         bos: where a BOS token goes: ``none``, ``stream`` (one in front), ``window`` (one in each),
             ``auto`` (``window`` where the tokenizer adds one).
         exporter: ``dynamo`` or ``optimum``, for models that are not ONNX yet.
-        seed: for built-in random models.
+        seed: of the rotations.
     """
 
     scheme: str = "w8a16"
@@ -46,6 +47,7 @@ class CompileConfig:
     calib_windows: int = 8
     seq_len: int = 512
     range_method: str = RangeMethod.MSE.value
+    rotate: bool = True
     mask_value: float = -50.0
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()

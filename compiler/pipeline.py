@@ -24,14 +24,18 @@ from qnpu.compiler.pass_base import (
     run_passes,
 )
 from qnpu.compiler.target import load_target
+from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.passes.canonicalize import Canonicalize
 from qnpu.passes.canonicalize_mask import CanonicalizeMask
 from qnpu.passes.decompose_rotary import DecomposeRotary
+from qnpu.passes.fold_affine import FoldAffine
+from qnpu.passes.fold_norm_scale import FoldNormScale
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.fuse_normalization import FuseNormalization
+from qnpu.passes.fuse_rotation import FuseRotation
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
@@ -45,21 +49,37 @@ LOGITS = "logits"
 _PACKAGES = ("qnpu", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
 
+def canonical_passes(config: CompileConfig) -> list[Pass]:
+    """Every pass that brings a float graph into the one form that later passes know."""
+    return [
+        FreezeShapes(config.freeze_dims, config.seq_len, keep_inputs=config.keep_inputs),
+        Canonicalize(),
+        FoldAffine(),
+        FuseNormalization(),
+        DecomposeRotary(),
+        CanonicalizeMask(config.mask_value),
+    ]
+
+
 def default_passes(
     config: CompileConfig, calibration: FeedSource, progress: ProgressCallback = no_progress
 ) -> list[Pass]:
     """Every pass of a compile, in the order they run."""
+    rotations: list[Pass] = [FoldNormScale(), FuseRotation(seed=config.seed)]
     return [
-        FreezeShapes(config.freeze_dims, config.seq_len, keep_inputs=config.keep_inputs),
-        Canonicalize(),
-        FuseNormalization(),
-        DecomposeRotary(),
-        CanonicalizeMask(config.mask_value),
+        *canonical_passes(config),
+        *(rotations if config.rotate else []),
         AssignBitWidths(Scheme.parse(config.scheme)),
         CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
         UnifyEncodings(),
         InsertQdq(),
     ]
+
+
+def find_topology(model: ir.Model, config: CompileConfig) -> DecoderTopology | None:
+    """The decoder in a graph, which is brought into canonical form in place; None for others."""
+    run_passes(canonical_passes(config), Compilation(model), after_pass=lambda done: None)
+    return discover(model.graph)
 
 
 @dataclass(frozen=True, slots=True)

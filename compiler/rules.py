@@ -1,8 +1,8 @@
 """Every rule qnpu can report, in code order.
 
-Families: QN1xx input graph and files, QN3xx calibration and encodings, QN5xx bit plan, target and
-configuration, QN9xx output and internal. A name states the fault, never the fix. The docstring of a
-rule is its manual page (``qnpu-check --explain CODE``).
+Families: QN1xx input graph and files, QN2xx rotation, QN3xx calibration and encodings, QN5xx bit
+plan, target and configuration, QN9xx output and internal. A name states the fault, never the fix.
+The docstring of a rule is its manual page (``qnpu-check --explain CODE``).
 """
 
 from __future__ import annotations
@@ -493,6 +493,124 @@ class GraphDoesNotRun(Rule):
 
     def help(self) -> str:
         return "check it with onnx.checker.check_model(path, full_check=True)"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamNotRotated(Rule):
+    """What it checks
+        The residual stream can be rotated: embeddings and linears write to it, norms followed by
+        linears read it, and nothing else touches it.
+
+    Why it matters
+        Without the rotation R1 a few channels keep their outliers, and 8-bit activations lose much.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[1, 2] ids) => (float[1, 2, 4] logits, float[1, 2, 4] tapped)
+        <float[3, 4] table = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}, float[4] gain = {1, 2, 3, 4},
+         float[4, 4] head = {1, 2, 3, 4, 2, 3, 4, 1, 3, 4, 1, 2, 4, 1, 2, 3}>
+        {
+            tapped = Gather(table, ids)
+            n = RMSNormalization(tapped, gain)
+            logits = MatMul(n, head)
+        }
+        ```
+
+    How to fix
+        Remove what the message names, such as an extra graph output, or export without it. A norm
+        that writes to the stream (Gemma's post-norms) blocks R1 for good; R2 is fused all the same.
+    """
+
+    code: ClassVar[str] = "QN201"
+    name: ClassVar[str] = "stream-not-rotated"
+    severity: ClassVar[Severity] = Severity.WARNING
+    reason: str
+
+    def message(self) -> str:
+        return f"rotation R1 is left out: {self.reason}"
+
+    def help(self) -> str:
+        return "remove what the message names, or export without it"
+
+
+@dataclass(frozen=True, slots=True)
+class ValuesNotRotated(Rule):
+    """What it checks
+        The path from the linear that makes an attention's values to the linear that takes its heads
+        is reshapes and transposes alone, and no one else reads it.
+
+    Why it matters
+        Without the rotation R2 the values keep their outliers in the 8-bit cache.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[1, 2] ids) => (float[1, 2, 2] logits)
+        <float[3, 2] table = {1, 2, 3, 4, 5, 6}, float[2, 2] w = {1, 2, 3, 4},
+         float[2, 2] o = {1, 2, 2, 1}>
+        {
+            x = Gather(table, ids)
+            p = Softmax(x)
+            v = MatMul(x, w)
+            r = Relu(v)
+            a = MatMul(p, r)
+            logits = MatMul(a, o)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong; that attention stays as it is.
+    """
+
+    code: ClassVar[str] = "QN202"
+    name: ClassVar[str] = "values-not-rotated"
+    severity: ClassVar[Severity] = Severity.WARNING
+    reason: str
+
+    def message(self) -> str:
+        return f"rotation R2 is left out: {self.reason}"
+
+    def help(self) -> str:
+        return "nothing is wrong; that attention stays as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class NoHadamard(Rule):
+    """What it checks
+        A Hadamard matrix of the size to rotate can be built.
+
+    Why it matters
+        Its entries are all of one magnitude, so it spreads an outlier as evenly as can be. A random
+        orthogonal matrix is used instead; it spreads nearly as well.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[1, 2] ids) => (float[1, 2, 3] logits)
+        <float[2, 3] table = {1, 2, 3, 4, 5, 6}, float[3] gain = {1, 1, 1},
+         float[3, 3] head = {1, 2, 3, 2, 3, 1, 3, 1, 2}>
+        {
+            x = Gather(table, ids)
+            n = RMSNormalization(x, gain)
+            logits = MatMul(n, head)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong.
+    """
+
+    code: ClassVar[str] = "QN203"
+    name: ClassVar[str] = "no-hadamard"
+    severity: ClassVar[Severity] = Severity.WARNING
+    size: int
+
+    def message(self) -> str:
+        return f"no Hadamard matrix of size {self.size} is known here; a random rotation is used"
+
+    def help(self) -> str:
+        return "nothing is wrong; the rotation spreads outliers a little less evenly"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""fuse-rotation: rotate the residual stream and the attention values, within the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qnpu.compiler.graph_edit import constant_array, name_of, set_constant
+from qnpu.compiler.hadamard import rotation_matrix
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.rules import NoHadamard, StreamNotRotated, ValuesNotRotated
+from qnpu.compiler.topology import (
+    Blocker,
+    DecoderTopology,
+    ResidualStream,
+    ValuePath,
+    discover,
+    input_axis,
+)
+
+MARK = "qnpu.rotation"
+_CHUNK_ROWS = 8192
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FuseRotation(Pass):
+    """Multiplies orthogonal matrices into weights; the graph computes the same.
+
+    Before → after, R1 of shape (H, H), R2 of shape (D, D), I⊗R2 block-diagonal over heads::
+
+        E, W_o, W_down              → E·R1, W_o·R1, W_down·R1      (sources; biases likewise)
+        W_q, W_k, W_gate, W_up, lm_head → R1ᵀ·W                    (sinks)
+        W_v (input already by R1)   → W_v·(I⊗R2)
+        W_o                         → (I⊗R2ᵀ)·W_o
+
+    A rotation spreads an outlier channel over all channels, so that one scale fits them
+    (quantnpu.md §0; SpinQuant, QuaRot). R1 is one matrix for all layers, R2 one per layer. Both are
+    randomised Hadamard matrices where the size has one, else random orthogonal ones.
+
+    Of ``tries`` seeds for R1 the one is kept whose rotated stream is flattest: least
+    max / mean of diag(R1ᵀ·C·R1), C = Σ WᵀW over all sources, a data-free stand-in for the stream's
+    second moment. Folds in float64, stores float32, one weight at a time.
+
+    Must not fire where a norm on the stream has a gain, where anything but norms and linears reads
+    the stream or anything but embeddings and linears writes it (QN201), where a value path is not
+    reshapes alone (QN202), or on a model that carries the mark of an earlier run.
+
+    Attributes:
+        residual: rotate the stream (R1).
+        values: rotate the attention values (R2).
+        seed: of the first try.
+        tries: seeds to choose R1 from.
+    """
+
+    name: ClassVar[str] = "fuse-rotation"
+    consumes: ClassVar[Stage] = Stage.FLOAT
+    produces: ClassVar[Stage] = Stage.FLOAT
+
+    residual: bool = True
+    values: bool = True
+    seed: int = 0
+    tries: int = 8
+
+    def run(self, compilation: Compilation) -> int:
+        model = compilation.model
+        topology = discover(model.graph) if MARK not in model.metadata_props else None
+        if topology is None or not (self.residual or self.values):
+            return 0
+        count = 0
+        done: list[str] = []
+        if self.residual:
+            count += self._rotate_stream(compilation, topology.stream, done)
+        if self.values:
+            count += self._rotate_values(compilation, topology, done)
+        if count:
+            model.metadata_props[MARK] = " ".join(done)
+        return count
+
+    def _rotate_stream(
+        self, compilation: Compilation, stream: ResidualStream, done: list[str]
+    ) -> int:
+        blockers = [*stream.blockers, *_gains(stream)]
+        if blockers:
+            compilation.diagnostics += [
+                StreamNotRotated(b.reason).at(node=b.where) for b in blockers
+            ]
+            return 0
+        seed, rotation = self._flattest(compilation, stream)
+        for source in stream.sources:
+            rotate_axis(source.weight, source.axis, rotation)
+            if source.bias is not None:
+                rotate_axis(source.bias, 0, rotation)
+        for sink in stream.sinks:
+            for linear in sink.linears:
+                rotate_axis(linear.weight, input_axis(linear), rotation)
+        done.append(f"r1={seed}")
+        return 1
+
+    def _flattest(self, compilation: Compilation, stream: ResidualStream) -> tuple[int, Matrix]:
+        moment = np.zeros((stream.width, stream.width))
+        for source in stream.sources:
+            array = constant_array(source.weight)
+            if array is not None:
+                rows = np.moveaxis(array, source.axis, -1).reshape(-1, stream.width)
+                moment += (rows.T @ rows).astype(np.float64)
+        best: tuple[float, int, Matrix] | None = None
+        for seed in range(self.seed, self.seed + max(self.tries, 1)):
+            rotation, hadamard = rotation_matrix(stream.width, seed)
+            energy = np.einsum("ij,ij->j", rotation, moment @ rotation)
+            peak = float(energy.max() / energy.mean())
+            if best is None or peak < best[0]:
+                best = (peak, seed, rotation)
+        if not hadamard:
+            compilation.diagnostics.append(NoHadamard(stream.width).at())
+        if best is None:
+            raise ValueError("no seed was tried")
+        return best[1], best[2]
+
+    def _rotate_values(
+        self, compilation: Compilation, topology: DecoderTopology, done: list[str]
+    ) -> int:
+        compilation.diagnostics += [
+            ValuesNotRotated(b.reason).at(node=b.where) for b in topology.value_blockers
+        ]
+        for index, path in enumerate(topology.value_paths):
+            rotation, hadamard = rotation_matrix(path.head_dim, self.seed + index)
+            if not hadamard:
+                node = name_of(path.matmul)
+                compilation.diagnostics.append(NoHadamard(path.head_dim).at(node=node))
+            _rotate_path(path, rotation)
+        if topology.value_paths:
+            done.append(f"r2={self.seed}")
+        return len(topology.value_paths)
+
+
+def _gains(stream: ResidualStream) -> list[Blocker]:
+    found: list[Blocker] = []
+    for sink in stream.sinks:
+        if sink.norm is None:
+            continue
+        gain = constant_array(sink.norm.inputs[1])
+        if sink.norm.op_type != "RMSNormalization":
+            found.append(Blocker("a LayerNorm subtracts the mean", name_of(sink.norm)))
+        elif gain is None or not bool((gain == 1).all()):
+            found.append(Blocker("a norm has a gain that was not folded", name_of(sink.norm)))
+    return found
+
+
+def _rotate_path(path: ValuePath, rotation: Matrix) -> None:
+    first, last = path.columns
+    rotate_axis(path.value.weight, path.value.channel_axis, rotation, first, last)
+    if path.value.bias is not None:
+        rotate_axis(path.value.bias, 0, rotation, first, last)
+    rotate_axis(path.output.weight, input_axis(path.output), rotation)
+
+
+def rotate_axis(
+    value: ir.Value, axis: int, rotation: Matrix, first: int = 0, last: int | None = None
+) -> None:
+    """Replaces w by w' with w'[…, j, …] = Σ_i w[…, i, …] · R[i, j] along one axis.
+
+    The same formula serves both ends: outputs become y·R, and an input axis undoes it, since
+    (x·R)·(Rᵀ·W) = x·W and (Rᵀ·W)[j, n] = Σ_i R[i, j]·W[i, n].
+
+    Args:
+        value: initializer.
+        axis: its features; their number is a multiple of R's size, block by block.
+        rotation: orthogonal, float64.
+        first, last: part of the axis to rotate; all of it by default.
+    """
+    array = constant_array(value)
+    if array is None:
+        return
+    rows: NDArray[Any] = np.moveaxis(array, axis, -1)
+    lead, width, size = rows.shape[:-1], rows.shape[-1], len(rotation)
+    last = width if last is None else last
+    flat = rows.reshape(-1, width)
+    result = np.array(flat, np.float32)
+    for start in range(0, len(flat), _CHUNK_ROWS):
+        part = flat[start : start + _CHUNK_ROWS, first:last].astype(np.float64)
+        turned = part.reshape(len(part), -1, size) @ rotation
+        result[start : start + _CHUNK_ROWS, first:last] = turned.reshape(part.shape)
+    set_constant(value, np.moveaxis(result.reshape(*lead, width), -1, axis))
