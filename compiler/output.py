@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -37,8 +38,23 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 def write_json(value: object, path: Path) -> None:
-    """Writes JSON with sorted-as-given keys and a final newline; the same value, the same bytes."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes JSON with sorted-as-given keys and a final newline; the same value, the same bytes.
+
+    Infinity and NaN, which JSON lacks, become null.
+    """
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def hash_file(path: Path) -> str:
@@ -62,7 +78,9 @@ def check_overwrite(folder: Path, names: list[str]) -> None:
         for name in names
         if os.path.lexists(folder / name)
         and not (name == REPORT_NAME and ours)
-        and (name not in ours or ours[name] != hash_file(folder / name))
+        and not (
+            name in ours and (folder / name).is_file() and ours[name] == hash_file(folder / name)
+        )
     ]
     if faults:
         raise DiagnosticError(faults)
