@@ -22,6 +22,8 @@ class Scheme:
         weight_bits: weights of linears.
         linear_bits: inputs and outputs of linears; an output that is added to the residual stream,
             or is a graph output, keeps ``other_bits``.
+        down_bits: inputs of down projections. They hold massive activations, so 16 even where
+            ``linear_bits`` is 8, as in the paper's published figures (§7).
         other_bits: norms, softmax, activation functions, residual, embedding, rotary.
         kv_bits: keys and values, that is the second operand of an activation-by-activation MatMul.
         head_bits: weights of the last linear (lm_head).
@@ -30,6 +32,7 @@ class Scheme:
     name: str
     weight_bits: int
     linear_bits: int
+    down_bits: int = 16
     other_bits: int = 16
     kv_bits: int = 8
     head_bits: int = 8

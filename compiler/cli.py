@@ -103,6 +103,9 @@ def _compile(
             f"Default: {_DEFAULTS.range_method}."
         ),
     ] = None,
+    down_bits: Annotated[
+        int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
+    ] = None,
     rotate: Annotated[
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Fuse rotations into a decoder's weights."),
@@ -156,6 +159,7 @@ def _compile(
         "calib_windows": calib_windows,
         "seq_len": seq_len,
         "range_method": range_method,
+        "down_bits": down_bits,
         "rotate": rotate,
         "seed": seed,
         "mask_value": mask_value,

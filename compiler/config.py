@@ -22,6 +22,7 @@ class CompileConfig:
 
     Attributes:
         scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
+        down_bits: bits of the inputs of down projections, 8 or 16.
         target: name of a target profile.
         calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
         tokenizer: folder or Hugging Face id; empty: the one found with the model.
@@ -41,6 +42,7 @@ class CompileConfig:
     """
 
     scheme: str = "w8a16"
+    down_bits: int = 16
     target: str = DEFAULT_TARGET
     calib: str = ""
     tokenizer: str = ""
@@ -61,6 +63,8 @@ class CompileConfig:
         """Raises: DiagnosticError: QN501, QN502 or QN503 for a value that cannot be meant."""
         Scheme.parse(self.scheme)
         load_target(self.target)
+        if self.down_bits not in (8, 16):
+            _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
@@ -71,6 +75,11 @@ class CompileConfig:
             _fail("mask_value", f"{self.mask_value:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
+
+    @property
+    def bits_by_role(self) -> Scheme:
+        """The scheme, with ``down_bits`` as asked."""
+        return dataclasses.replace(Scheme.parse(self.scheme), down_bits=self.down_bits)
 
     def to_json(self) -> dict[str, object]:
         """A plain dictionary, as written to report.json."""

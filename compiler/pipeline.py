@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qnpu.compiler.bit_plan import BitPlan, Scheme
+from qnpu.compiler.bit_plan import BitPlan
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
@@ -70,7 +70,7 @@ def default_passes(
     return [
         *canonical_passes(config),
         *(rotations if config.rotate else []),
-        AssignBitWidths(Scheme.parse(config.scheme)),
+        AssignBitWidths(config.bits_by_role),
         CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
         UnifyEncodings(),
         InsertQdq(),

@@ -17,7 +17,9 @@ from qnpu.compiler.op_traits import (
     is_dynamic_matmul,
     is_float,
     is_layout_copy,
+    is_parameter,
     layout_inputs,
+    normalized_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import PerChannel, QuantSpec
@@ -39,7 +41,8 @@ class AssignBitWidths(Pass):
     A requantize point is an Identity: the same tensor at another width, one for all consumers that
     want that width. It keeps the table of encodings keyed by value name alone.
 
-    Roles (quantnpu.md §Setting): inputs and outputs of linears ``linear_bits``; an output that is
+    Roles (quantnpu.md §Setting): inputs and outputs of linears ``linear_bits``, but ``down_bits``
+    for the inputs of down projections, where massive activations arise; an output that is
     added to another activation (the residual stream) or leaves the graph, and everything else,
     ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
     ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
@@ -126,8 +129,11 @@ class _Widths:
         self._measure_groups()  # keys and values have left the groups they were in
         for node, linear in self._linears.items():
             index = list(node.inputs).index(linear.activation)
-            count += self._narrow(node, index, self._scheme.linear_bits)
+            count += self._narrow(node, index, self._input_bits(linear))
         return count
+
+    def _input_bits(self, linear: Linear) -> int:
+        return self._scheme.down_bits if _is_down(linear) else self._scheme.linear_bits
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):
@@ -191,7 +197,7 @@ class _Widths:
         asked = [self._scheme.other_bits]
         for node, index in _computing_uses(value):
             if node in self._linears:
-                asked.append(self._scheme.linear_bits)
+                asked.append(self._input_bits(self._linears[node]))
             elif is_dynamic_matmul(node) and index == 1:
                 asked.append(self._scheme.kv_bits)
         return min(asked)
@@ -238,12 +244,33 @@ def _is_keys_or_values(value: ir.Value) -> bool:
 
 
 def _joins_residual_or_output(value: ir.Value) -> bool:
-    """True where a value is added to an activation, or leaves the graph other than as a cache."""
+    """True where a value is added to an activation, or leaves the graph other than as a cache.
+
+    A norm on the way (Gemma's post-norms) does not matter.
+    """
     if any(v.is_graph_output() and not _is_keys_or_values(v) for v in _copies(value)):
         return True
     return any(
-        node.op_type == "Add" and _activations(node) > 1 for node, _ in _computing_uses(value)
+        (node.op_type == "Add" and _activations(node) > 1)
+        or (value in normalized_inputs(node) and _joins_residual_or_output(node.outputs[0]))
+        for node, _ in _computing_uses(value)
     )
+
+
+def _is_down(linear: Linear) -> bool:
+    """A down projection: takes what an activation function made, and joins the residual stream.
+
+    Told from an attention's output, which takes a MatMul's, and from lm_head, which takes a norm's.
+    """
+    if linear.node.op_type not in ("MatMul", "Gemm"):
+        return False
+    node = linear.activation.producer()
+    while node is not None and (layout_inputs(node) or _is_requantize_point(node)):
+        source = node.inputs[0]
+        node = source.producer() if source is not None else None
+    if node is None or as_linear(node) or is_dynamic_matmul(node) or normalized_inputs(node):
+        return False
+    return _joins_residual_or_output(linear.node.outputs[0])
 
 
 def _activations(node: ir.Node) -> int:
@@ -270,7 +297,7 @@ def _separate_roles(graph: ir.Graph, linears: dict[ir.Node, Linear]) -> int:
             continue
         for node, index in value.uses():
             linear = linears.get(node)
-            role = "other"
+            role = "parameter" if is_parameter(node, index) else "other"
             if linear is not None and linear.weight is value:
                 role = f"weight{linear.channel_axis}"
             elif linear is not None and linear.bias is value:
