@@ -27,6 +27,12 @@ _LAYOUT_DATA_INPUTS: dict[str, int | None] = {
     "Unsqueeze": 1,
 }
 
+# Inputs that say how a node works and hold no data: they stay float constants, as an attribute
+# would. (A scale of 2 that is quantized to 2.00003 moves whole rows of pixels.)
+_PARAMETER_INPUTS: dict[str, tuple[int, ...]] = {
+    "Resize": (1, 2),
+}
+
 # Output range known from the function itself (real). With 2^b steps over [0, 1) the scale is a
 # power of two, which is what NPUs force (targets.md, "forced encodings").
 FIXED_RANGES: dict[str, tuple[float, float]] = {
@@ -52,10 +58,19 @@ def is_standard(node: ir.Node) -> bool:
 
 def layout_inputs(node: ir.Node) -> list[ir.Value]:
     """Float inputs whose elements the node's output is made of; empty for a computing node."""
-    if not is_standard(node) or node.op_type not in _LAYOUT_DATA_INPUTS:
+    if not is_standard(node):
         return []
-    count = _LAYOUT_DATA_INPUTS[node.op_type]
+    if node.op_type == "Resize":
+        copies = node.attributes.get_string("mode", "nearest") == "nearest"
+        count: int | None = int(copies)
+    else:
+        count = _LAYOUT_DATA_INPUTS.get(node.op_type, 0)
     return [v for v in node.inputs[:count] if v is not None and is_float(v)]
+
+
+def is_parameter(node: ir.Node, index: int) -> bool:
+    """True for an input that says how the node works and is never quantized."""
+    return is_standard(node) and index in _PARAMETER_INPUTS.get(node.op_type, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +183,16 @@ def is_layout_copy(value: ir.Value) -> bool:
 
 
 def float_values(graph: ir.Graph) -> list[ir.Value]:
-    """Float graph inputs, then float initializers in use, then node outputs, in graph order."""
+    """Float graph inputs, then float initializers in use, then node outputs, in graph order.
+
+    Without constants that are only parameters of nodes.
+    """
     values = [v for v in graph.inputs if is_float(v)]
-    values += [v for v in graph.initializers.values() if is_float(v) and v.uses()]
+    values += [
+        v
+        for v in graph.initializers.values()
+        if is_float(v) and any(not is_parameter(node, index) for node, index in v.uses())
+    ]
     for node in graph:
         values += [v for v in node.outputs if is_float(v) and v.name]
     return values

@@ -9,7 +9,13 @@ import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of
-from qnpu.compiler.op_traits import float_values, is_float, is_layout_copy, layout_inputs
+from qnpu.compiler.op_traits import (
+    float_values,
+    is_float,
+    is_layout_copy,
+    is_parameter,
+    layout_inputs,
+)
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.rules import StageViolation
 
@@ -92,8 +98,10 @@ def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
         if node.op_type == "DequantizeLinear":
             continue
         if node.op_type != "QuantizeLinear":
-            for value in node.inputs:
-                if value is not None and is_float(value) and not _is_dequantized(value):
+            for index, value in enumerate(node.inputs):
+                if value is None or not is_float(value) or is_parameter(node, index):
+                    continue
+                if not _is_dequantized(value):
                     yield (
                         "computes on a float that is not dequantized",
                         name_of(node),

@@ -55,9 +55,19 @@ def load_onnx(path: str | Path) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir lets ValueError, KeyError, TypeError and its own through
         raise _not_onnx(path, first_line(error)) from error
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        _forget_negative_dims(value)
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         ir.external_data.set_base_dir(graph, folder)
     return model
+
+
+def _forget_negative_dims(value: ir.Value) -> None:
+    """PaddlePaddle writes -1 where ONNX leaves a dimension out."""
+    if value.shape is not None:
+        value.shape = ir.Shape(
+            None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape
+        )
 
 
 def _not_onnx(path: Path, reason: str) -> DiagnosticError:

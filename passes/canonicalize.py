@@ -37,6 +37,7 @@ _IR_VERSION = 11
 # context, but not an expanded embedding.
 _FOLD_ELEMENTS = 2**24
 _MAX_ROUNDS = 8
+_NEUTRAL = {"Add": 0.0, "Mul": 1.0, "Max": -np.inf, "Min": np.inf}
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _drop_no_op(graph: ir.Graph, node: ir.Node) -> int:
         idle = not (node.outputs[0].is_graph_output() and keeps_name(source))
     elif node.op_type == "Cast":
         idle = source.dtype is not None and source.dtype == node.outputs[0].dtype
-    elif node.op_type in ("Add", "Mul"):
+    elif node.op_type in _NEUTRAL and len(node.inputs) == 2:
         source, idle = _neutral_operand(node)
     else:
         idle = node.op_type == "Dropout" and not node.outputs[1:]
@@ -222,8 +223,8 @@ def _drop_no_op(graph: ir.Graph, node: ir.Node) -> int:
 
 
 def _neutral_operand(node: ir.Node) -> tuple[ir.Value | None, bool]:
-    """The operand that Add of zeros or Mul by ones returns, where its shape is the result's."""
-    neutral = 0.0 if node.op_type == "Add" else 1.0
+    """The operand that comes through unchanged, where its shape is the result's."""
+    neutral = _NEUTRAL[node.op_type]
     for kept, constant in (node.inputs, node.inputs[::-1]):
         array = constant_array(constant)
         shape = static_shape(kept) if kept is not None else None

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import (
     add_initializer,
@@ -54,6 +55,8 @@ class FoldAffine(Pass):
         for node in list(graph):
             while node.op_type in ("Conv", "ConvTranspose") and _fold_follower(graph, node):
                 count += 1
+        if count:
+            common.RemoveUnusedNodesPass()(compilation.model)
         return count
 
 

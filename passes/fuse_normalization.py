@@ -39,7 +39,8 @@ class FuseNormalization(Pass):
 
     def run(self, compilation: Compilation) -> int:
         count = 0
-        for rule in (_RmsNormWithGain(), _RmsNorm(), _LayerNorm()):
+        # The widest pattern first: a layer norm holds an RMS norm of x - mean(x).
+        for rule in (_LayerNorm(), _RmsNormWithGain(), _RmsNorm()):
             rules = RewriteRuleSet([rule.rule()], commute=True)  # type: ignore[no-untyped-call]
             count += rules.apply_to_model(compilation.model)
         if count:
