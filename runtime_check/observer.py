@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from qnpu.compiler.quant_types import FloatArray, QuantSpec
@@ -71,6 +70,8 @@ class Observer:
         """Takes in one batch, float32. NaN makes ``low`` and ``high`` NaN."""
         if array.size == 0:
             return
+        import torch  # noqa: PLC0415  (takes a second, which --help need not wait for)
+
         tensor = torch.from_numpy(array)
         low, high = torch.aminmax(tensor)
         self.low = float(np.minimum(self.low, low.item()))
@@ -236,6 +237,8 @@ def channel_range(
     peak = np.abs(rows).max(axis=1).astype(np.float32)
     if not search:
         return -peak, peak
+    import torch  # noqa: PLC0415
+
     tensor = torch.from_numpy(rows)
     best = torch.ones(len(peak))
     best_error = torch.full((len(peak),), torch.inf)
