@@ -26,7 +26,7 @@ from qnpu.compiler.console import (
 from qnpu.compiler.diagnostics import DiagnosticError, Severity
 from qnpu.compiler.graph_checks import check_graph, is_quantized
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
-from qnpu.compiler.output import REPORT_NAME, check_overwrite
+from qnpu.compiler.output import REPORT_NAME, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.pipeline import (
     LOGITS,
@@ -176,6 +176,7 @@ def _compile(
     if explain_topology:
         _print_topology(model, settings, quiet)
         return
+    check_folder(out)
     check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", REPORT_NAME])
     times: dict[str, float] = {}
 
@@ -440,7 +441,7 @@ def _check(
         sys.exit(EXIT_FAULT)
 
 
-# ---------------------------------------------------------------------------------- entry points
+# ---------------------------------------------------------------------------------- applications
 
 compile_app = _app(
     _compile,
@@ -473,19 +474,3 @@ qnpu-check out/model.qdq.onnx
 qnpu-check --explain QN101
 """,
 )
-
-
-def compile_main() -> None:
-    compile_app()
-
-
-def export_main() -> None:
-    export_app()
-
-
-def eval_main() -> None:
-    eval_app()
-
-
-def check_main() -> None:
-    check_app()

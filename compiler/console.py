@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import resource
-import signal
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -25,14 +24,20 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, Severity, first_line
+from qnpu.compiler.diagnostics import (
+    Diagnostic,
+    DiagnosticError,
+    Rule,
+    Severity,
+    first_line,
+)
+from qnpu.compiler.output import is_full
 from qnpu.compiler.pass_base import ProgressCallback
-from qnpu.compiler.rules import InternalError
+from qnpu.compiler.rules import CannotWrite, InternalError
 
 EXIT_FAULT = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+EXIT_BROKEN_PIPE = 141
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 _MOST_NOTES = 3
@@ -112,33 +117,33 @@ def peak_rss_bytes() -> int:
 
 
 def command(body: Callable[..., None]) -> Callable[..., None]:
-    """Makes a command end with a coded diagnostic and an exit code, never with a traceback.
+    """Makes a command end with a coded diagnostic and exit code 1, never with a traceback.
 
-    1: a coded fault. 130: Ctrl-C; 143: SIGTERM. ``debug=True`` among the arguments lets the
-    traceback of an internal error through.
+    ``debug=True`` among the arguments lets the traceback of an internal error through.
     """
 
     @functools.wraps(body)
     def wrapped(**options: object) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
         try:
             body(**options)
+            sys.stdout.flush()
         except DiagnosticError as error:
             print_diagnostics(error.diagnostics, str(options.get("model") or ""))
             sys.exit(EXIT_FAULT)
-        except KeyboardInterrupt:
-            error_console().print("interrupted; nothing was written")
-            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_BROKEN_PIPE)
         except Exception as error:
             if options.get("debug"):
                 traceback.print_exc()
-            fault = InternalError(type(error).__name__, first_line(error))
-            print_diagnostics([fault.at()], str(options.get("model") or ""))
+            print_diagnostics([_fault(error).at()], str(options.get("model") or ""))
             sys.exit(EXIT_FAULT)
 
     return wrapped
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """Leaves by an exception, so that temporary files are removed on the way out."""
-    sys.exit(EXIT_TERMINATED)
+def _fault(error: Exception) -> Rule:
+    """What an exception means that no rule was made for where it was raised."""
+    if is_full(error):
+        return CannotWrite(tempfile.gettempdir(), first_line(error))
+    return InternalError(type(error).__name__, first_line(error))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from qnpu.compiler.rules import CannotWrite, WouldOverwrite
 REPORT_NAME = "report.json"
 _PROTOBUF_LIMIT = 2**31 - 2**20
 _CHUNK = 2**22
+_SCRATCH = ".qnpu-scratch-"
 
 Writer = Callable[[Path], None]
 """Writes one file, under the path given, and whatever belongs beside it."""
@@ -64,6 +68,21 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """Finds out before the work whether output can be written at all; makes nothing.
+
+    Raises:
+        DiagnosticError: QN901 the folder, or the first one above it that exists, is a file or
+            read-only.
+    """
+    with _reported(folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(nearest))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "", str(nearest))
 
 
 def check_overwrite(folder: Path, names: list[str]) -> None:
@@ -123,26 +142,65 @@ def write_outputs(folder: Path, writers: Mapping[str, Writer], report: dict[str,
         write_json(report, scratch / REPORT_NAME)
         for path in scratch.iterdir():
             _flush(path)
-        for name in [*files, REPORT_NAME]:
-            (scratch / name).replace(folder / name)
+        with _signals_held():
+            for name in [*files, REPORT_NAME]:
+                (scratch / name).replace(folder / name)
 
 
 @contextmanager
 def _scratch_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder inside ``folder``; both go again on failure if this call made them."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".qnpu-", dir=folder))
     done = False
     try:
-        yield scratch
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) as alone:
+            if alone:  # then the process that made these was killed
+                for stale in folder.glob(f"{_SCRATCH}*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+                yield Path(scratch)
         done = True
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         if not done:
             for path in made:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Waits until no other process writes here; False where the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait until the body is through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: held.append(number))
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for waiting in held:
+            signal.raise_signal(waiting)
 
 
 @contextmanager
@@ -152,9 +210,18 @@ def _reported(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_full(error):
             reason += "; nothing was left behind"
         raise DiagnosticError(CannotWrite(str(folder), reason).at(file=str(folder))) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """True for the errors of a full disk or an exhausted quota."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    )
 
 
 def _flush(path: Path) -> None:

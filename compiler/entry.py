@@ -1,0 +1,51 @@
+"""Console scripts: signals and streams are set up first, the slow imports come after."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+def compile_main() -> None:
+    _run("compile_app")
+
+
+def export_main() -> None:
+    _run("export_app")
+
+
+def eval_main() -> None:
+    _run("eval_app")
+
+
+def check_main() -> None:
+    _run("check_app")
+
+
+def _run(app: str) -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _leave)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    from qnpu.compiler import cli  # noqa: PLC0415
+
+    getattr(cli, app)()
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Leaves by an exception, so that temporary files are removed; later signals wait for that.
+
+    The exit code is 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    """
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    os.write(2, b"\ninterrupted\n")  # sys.stderr may be redirected just now
+    sys.exit(128 + number)
