@@ -104,6 +104,12 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
     return dims if len(dims) == len(value.shape) else None
 
 
+def last_dimension(value: ir.Value | None) -> int | None:
+    """Elements along the last axis, or None where that is not static; the others may be dynamic."""
+    size = value.shape[-1] if value is not None and value.shape else None
+    return size if isinstance(size, int) else None
+
+
 def subgraph_proto(
     nodes: Sequence[ir.Node],
     inputs: Sequence[ir.Value],
@@ -131,7 +137,10 @@ def subgraph_proto(
         [_tensor_proto(name, value) for name, value in initializers.items()],
     )
     opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
+    return onnx.helper.make_model(
+        graph, opset_imports=opsets, ir_version=model.ir_version, functions=functions
+    )
 
 
 def _tensor_proto(name: str, value: ir.Value) -> onnx.TensorProto:

@@ -97,10 +97,12 @@ def hadamard_factors(order: int) -> tuple[int, ...]:
 
 
 def random_hadamard(order: int, seed: int) -> NDArray[np.float64]:
-    """H·diag(±1)/√order, orthogonal, with signs drawn from ``PCG64(seed)``.
+    """diag(±1)·H/√order, orthogonal, with signs drawn from ``PCG64(seed)``.
 
     The randomised Hadamard transform of Ailon and Chazelle (2006), used for rotations since QuIP#
-    (2024): all entries have one magnitude, so that an outlier spreads evenly over all channels.
+    (2024): all entries have one magnitude, so that an outlier spreads evenly over all channels. For
+    row vectors, x·R, the signs come before H: behind it they would only flip the results' signs,
+    and every seed would do as well as any other.
 
     Returns:
         float64 (order, order).
@@ -110,7 +112,7 @@ def random_hadamard(order: int, seed: int) -> NDArray[np.float64]:
     """
     hadamard = hadamard_matrix(order)
     signs = np.random.Generator(np.random.PCG64(seed)).choice([-1.0, 1.0], size=order)
-    return np.asarray(hadamard * (signs / np.sqrt(order)), dtype=np.float64)
+    return np.asarray(hadamard * (signs / np.sqrt(order))[:, None], dtype=np.float64)
 
 
 def random_orthogonal(order: int, seed: int) -> NDArray[np.float64]:

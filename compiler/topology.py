@@ -9,11 +9,17 @@ the heads. Passes that rotate or learn work on these.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
+from qnpu.compiler.graph_edit import (
+    add_initializer,
+    constant_array,
+    last_dimension,
+    name_of,
+    static_shape,
+)
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
@@ -23,6 +29,8 @@ from qnpu.compiler.op_traits import (
     layout_inputs,
     normalized_inputs,
 )
+
+_MOVES = ("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +130,18 @@ class DecoderTopology:
 
 
 def discover(graph: ir.Graph) -> DecoderTopology | None:
-    """The decoder in a canonical float graph, or None where no embedding feeds a norm or linear."""
-    embedding = next((node for node in graph if _is_embedding(node)), None)
-    if embedding is None:
+    """The decoder in a canonical float graph.
+
+    Of several tables that are looked up, the one that most norms and linears read starts the
+    stream: the others may hold positions or rotary angles.
+
+    Returns:
+        None where there is no such table, or neither norms and linears behind it nor attention.
+    """
+    streams = [_discover_stream(graph, node) for node in graph if _is_embedding(node)]
+    stream = max(streams, key=lambda found: len(found.sinks), default=None)
+    if stream is None:
         return None
-    stream = _discover_stream(graph, embedding)
     paths: list[ValuePath] = []
     blockers: list[Blocker] = []
     for node in graph:
@@ -136,7 +151,8 @@ def discover(graph: ir.Graph) -> DecoderTopology | None:
                 blockers.append(path)
             else:
                 paths.append(path)
-    return DecoderTopology(stream, paths, blockers)
+    found = stream.sinks or paths or blockers
+    return DecoderTopology(stream, paths, blockers) if found else None
 
 
 def linears_behind(value: ir.Value) -> list[Linear] | None:
@@ -149,10 +165,8 @@ def linears_behind(value: ir.Value) -> list[Linear] | None:
         return None
     found: list[Linear] = []
     for user in value.consumers():
-        linear = as_linear(user)
+        linear = as_feature_linear(user)
         if linear is not None:
-            if linear.activation is not value or linear.channel_axis == input_axis(linear):
-                return None
             found.append(linear)
         elif _keeps_features(user):
             behind = linears_behind(user.outputs[0])
@@ -162,6 +176,55 @@ def linears_behind(value: ir.Value) -> list[Linear] | None:
         else:
             return None
     return found
+
+
+def as_feature_linear(node: ir.Node) -> Linear | None:
+    """A linear from the last axis of its activation to the last axis of its result.
+
+    Not so a MatMul or Gemm with the weight first, a Gemm that transposes its activation, a Conv.
+    """
+    linear = as_linear(node)
+    if linear is None or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    if linear.activation is not node.inputs[0] or node.attributes.get_int("transA", 0) != 0:
+        return None
+    return linear
+
+
+def as_feature_norm(node: ir.Node) -> ir.Value | None:
+    """What a norm over the last axis alone normalizes; None for any other node."""
+    source = next(iter(normalized_inputs(node)), None)
+    if source is None or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        return None
+    last = (-1,) if source.shape is None else (-1, len(source.shape) - 1)
+    return source if node.attributes.get_int("axis", -1) in last else None
+
+
+def is_tied(linear: Linear) -> bool:
+    """The weight is also the table of one embedding, and that is all."""
+    users = [node for node, _ in linear.weight.uses()]
+    return (
+        len(users) == 2
+        and linear.node in users
+        and any(_is_embedding(node) for node in users)
+        and not linear.weight.is_graph_output()
+    )
+
+
+def untie(graph: ir.Graph, linear: Linear) -> Linear:
+    """Gives a tied linear a weight of its own, of the same data; any other is returned as it is."""
+    data = constant_array(linear.weight)
+    if data is None or not is_tied(linear):
+        return linear
+    weight = add_initializer(graph, f"{name_of(linear.weight)}_untied", data)
+    linear.node.replace_input_with(list(linear.node.inputs).index(linear.weight), weight)
+    return replace(linear, weight=weight)
+
+
+def has_foreign_bias(linear: Linear) -> bool:
+    """It adds something else than a constant of one number per output feature."""
+    has_third = len(linear.node.inputs) > 2 and linear.node.inputs[2] is not None
+    return has_third and linear.bias is None
 
 
 def input_axis(linear: Linear) -> int:
@@ -187,26 +250,38 @@ def _keeps_features(node: ir.Node) -> bool:
     """Reshape, Identity or the like that keeps every row of the last axis whole."""
     if node.op_type not in ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
         return False
-    source = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
-    result = static_shape(node.outputs[0])
-    return bool(source and result and source[-1] == result[-1])
+    if not is_standard(node):
+        return False
+    width = last_dimension(node.inputs[0])
+    return width is not None and width == last_dimension(node.outputs[0])
 
 
-def _scalar_operand(node: ir.Node) -> bool:
-    return any(
-        v is not None
-        and v.is_initializer()
-        and v.const_value is not None
-        and v.const_value.size == 1
-        for v in node.inputs
-    )
+def _scaled(node: ir.Node) -> ir.Value | None:
+    """What a Mul or Div multiplies or divides by a constant scalar; None for any other node."""
+    if node.op_type not in ("Mul", "Div") or not is_standard(node):
+        return None
+    first, second = node.inputs
+    if _is_scalar(second):
+        return first
+    return second if node.op_type == "Mul" and _is_scalar(first) else None
+
+
+def _is_scalar(value: ir.Value | None) -> bool:
+    array = constant_array(value)
+    return value is not None and value.is_initializer() and array is not None and array.size == 1
+
+
+def _passed_on(node: ir.Node) -> ir.Value | None:
+    """The value whose features come through, all times one number, or None."""
+    return node.inputs[0] if _keeps_features(node) else _scaled(node)
 
 
 class _StreamSearch:
     """Grows the stream from the embedding until nothing new is reached."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, graph: ir.Graph, width: int) -> None:
         self.stream = ResidualStream(width)
+        self._graph = graph
         self._seen: set[ir.Value] = set()
         self._pending: list[ir.Value] = []
         self._blocked: dict[tuple[str, str], None] = {}
@@ -221,14 +296,14 @@ class _StreamSearch:
             self._look_back(value)
             self._look_ahead(value)
 
-    def finish(self, graph: ir.Graph) -> ResidualStream:
+    def finish(self) -> ResidualStream:
         """Puts what was found in graph order."""
-        order = {node: index for index, node in enumerate(graph)}
+        order = {node: index for index, node in enumerate(self._graph)}
         sinks = dict(self._sinks)
         sinks |= {node: StreamSink(None, (linear,)) for node, linear in self._direct.items()}
         self.stream.sources = [self._sources[n] for n in sorted(self._sources, key=order.get)]  # type: ignore[arg-type]
         self.stream.sinks = [sinks[n] for n in sorted(sinks, key=order.get)]  # type: ignore[arg-type]
-        self.stream.values = [v for node in graph for v in node.outputs if v in self._seen]
+        self.stream.values = [v for node in order for v in node.outputs if v in self._seen]
         self.stream.blockers = [Blocker(reason, where) for reason, where in self._blocked]
         return self.stream
 
@@ -245,21 +320,20 @@ class _StreamSearch:
         if node is None:
             self._block("the stream is a graph input", name_of(value))
             return
-        linear = as_linear(node)
+        linear = as_feature_linear(node)
+        passed = _passed_on(node)
         if _is_embedding(node) and node.inputs[0] is not None:
             self._sources[node] = StreamSource(node, node.inputs[0], 1, None)
         elif linear is not None:
-            if _bias_is_foreign(linear):
+            if has_foreign_bias(linear):
                 self._block("a linear's bias is not one number per feature", name_of(node))
             axis = linear.channel_axis
             self._sources[node] = StreamSource(node, linear.weight, axis, linear.bias)
         elif node.op_type == "Add" and is_standard(node):
             for operand in node.inputs:
                 self._add_operand(node, operand)
-        elif (node.op_type in ("Mul", "Div") and _scalar_operand(node)) or _keeps_features(node):
-            for operand in node.inputs:
-                if operand is not None and is_float(operand) and not operand.is_initializer():
-                    self._reach(operand)
+        elif passed is not None:
+            self._reach(passed)
         elif normalized_inputs(node):
             self._block("a norm writes to the stream (post-norm)", name_of(node))
         else:
@@ -269,11 +343,11 @@ class _StreamSearch:
         if operand is None:
             return
         if not operand.is_initializer():
-            if (static_shape(operand) or (0,))[-1] == self.stream.width:
+            if last_dimension(operand) == self.stream.width:
                 self._reach(operand)
             else:
                 self._block("an addend of another width", name_of(node))
-        elif (static_shape(operand) or (0,))[-1] == self.stream.width:
+        elif last_dimension(operand) == self.stream.width:
             axis = len(operand.shape or ()) - 1
             self._sources[node] = StreamSource(node, operand, axis, None)
         else:
@@ -283,55 +357,53 @@ class _StreamSearch:
         if value.is_graph_output():
             self._block("the stream is a graph output", name_of(value))
         for user in value.consumers():
-            if user.op_type == "Add" and is_standard(user):
+            if user.graph is not self._graph:
+                self._block("a subgraph reads the stream", name_of(user))
+            elif user.op_type == "Add" and is_standard(user):
                 self._reach(user.outputs[0])
             elif normalized_inputs(user) == [value]:
                 behind = linears_behind(user.outputs[0])
-                if not behind:
+                if as_feature_norm(user) is None:
+                    self._block("a norm is not over the last axis alone", name_of(user))
+                elif not behind:
                     self._block("a norm's result goes elsewhere than to linears", name_of(user))
                 else:
                     self._sinks[user] = StreamSink(user, tuple(behind))
-            elif as_linear(user) is not None:
-                linear = as_linear(user)
-                if linear is not None:
-                    self._direct[user] = linear
-            elif (user.op_type in ("Mul", "Div") and _scalar_operand(user)) or _keeps_features(
-                user
-            ):
+            elif (linear := as_feature_linear(user)) is not None:
+                self._direct[user] = linear
+            elif _passed_on(user) is value:
                 self._reach(user.outputs[0])
             else:
                 self._block(f"`{user.op_type}` reads the stream", name_of(user))
 
 
-def _bias_is_foreign(linear: Linear) -> bool:
-    has_third = len(linear.node.inputs) > 2 and linear.node.inputs[2] is not None
-    return has_third and linear.bias is None
-
-
 def _discover_stream(graph: ir.Graph, embedding: ir.Node) -> ResidualStream:
-    table = static_shape(embedding.inputs[0]) if embedding.inputs[0] is not None else None
-    search = _StreamSearch((table or (0,))[-1])
+    search = _StreamSearch(graph, last_dimension(embedding.inputs[0]) or 0)
     search.grow(embedding.outputs[0])
-    stream = search.finish(graph)
+    stream = search.finish()
     stream.blockers += _shared_weights(stream)
     return stream
 
 
 def _shared_weights(stream: ResidualStream) -> list[Blocker]:
-    """A weight that anything but its one role uses cannot be changed for that role."""
-    allowed: dict[ir.Value, set[ir.Node]] = {}
-    for source in stream.sources:
-        for value in (source.weight, source.bias):
-            if value is not None:
-                allowed.setdefault(value, set()).add(source.node)
-    for sink in stream.sinks:
-        for linear in sink.linears:
-            allowed.setdefault(linear.weight, set()).add(linear.node)
+    """A weight that anything but its one role uses cannot be changed for that role.
+
+    A linear tied to the embedding is no such case: ``untie`` parts them.
+    """
+    linears = [linear for sink in stream.sinks for linear in sink.linears]
+    values = dict.fromkeys(v for s in stream.sources for v in (s.weight, s.bias) if v is not None)
+    values |= dict.fromkeys(linear.weight for linear in linears)
+    tied = {linear.weight for linear in linears if is_tied(linear)}
     return [
         Blocker("a weight is used in two roles", name_of(value))
-        for value in allowed
-        if len(list(value.uses())) > 1 or value.is_graph_output()
+        for value in values
+        if value not in tied and not has_one_role(value)
     ]
+
+
+def has_one_role(value: ir.Value) -> bool:
+    """One node takes it, once, and no one outside the graph sees or sets it."""
+    return len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
 
 
 def _from_softmax(value: ir.Value | None) -> bool:
@@ -344,11 +416,10 @@ def _from_softmax(value: ir.Value | None) -> bool:
 
 def _value_path(matmul: ir.Node) -> ValuePath | Blocker:
     where = name_of(matmul)
-    heads = static_shape(matmul.outputs[0])
+    head_dim = last_dimension(matmul.outputs[0])
     value = matmul.inputs[1]
-    if heads is None or value is None:
-        return Blocker("shapes are not static", where)
-    head_dim = heads[-1]
+    if head_dim is None or value is None:
+        return Blocker("the width of a head is not static", where)
     made = _back_to_linear(value, head_dim)
     if made is None:
         return Blocker("V is not made by a linear through reshapes alone", where)
@@ -356,84 +427,99 @@ def _value_path(matmul: ir.Node) -> ValuePath | Blocker:
     if taken is None:
         return Blocker("the heads do not go to one linear through reshapes alone", where)
     linear, columns = made
+    if has_foreign_bias(linear):
+        return Blocker("a linear's bias is not one number per feature", name_of(linear.node))
     for weight in (linear.weight, linear.bias, taken.weight):
-        if weight is not None and len(list(weight.uses())) > 1:
+        if weight is not None and not has_one_role(weight):
             return Blocker("a weight is used in two roles", name_of(weight))
     return ValuePath(matmul, linear, columns, taken, head_dim)
 
 
 def _back_to_linear(value: ir.Value, head_dim: int) -> tuple[Linear, tuple[int, int]] | None:
     """The linear behind V and V's columns of its output."""
-    columns: tuple[int, int] | None = None
     while True:
         node = value.producer()
         # V must serve this attention alone, or another reader would see it rotated.
-        if node is None or value.is_graph_output() or len(list(value.uses())) > 1:
-            return None
-        linear = as_linear(node)
-        if linear is not None:
-            width = (static_shape(value) or (0,))[-1]
-            columns = columns or (0, width)
-            return None if (columns[1] - columns[0]) % head_dim else (linear, columns)
-        if node.op_type in ("Slice", "Split") and columns is None:
-            columns = _columns_taken(node, value)
-            if columns is None:
-                return None
-        elif not _keeps_heads(node, head_dim):
-            return None
-        source = node.inputs[0]
-        if source is None:
+        if node is None or value.is_graph_output() or len(value.uses()) > 1:
             return None
         if node.op_type in ("Slice", "Split"):
-            return _behind_slice(source, columns, head_dim)
-        value = source
+            return _behind_slice(node, value, head_dim)
+        linear = as_feature_linear(node)
+        if linear is not None:
+            width = last_dimension(value) or 0
+            return None if width % head_dim else (linear, (0, width))
+        if not _keeps_heads(node, head_dim) or node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
 
 
 def _behind_slice(
-    value: ir.Value, columns: tuple[int, int] | None, head_dim: int
+    cut: ir.Node, value: ir.Value, head_dim: int
 ) -> tuple[Linear, tuple[int, int]] | None:
-    """The fused linear that a slice takes V's columns of; other slices may read it too."""
-    node = value.producer()
-    while node is not None and _keeps_features(node) and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    linear = as_linear(node) if node is not None else None
-    if linear is None or columns is None or (columns[1] - columns[0]) % head_dim:
+    """The fused linear that a Slice or Split takes V of, where all others read other columns."""
+    columns, whole = _columns_taken(cut, value), cut.inputs[0]
+    if columns is None or whole is None or (columns[1] - columns[0]) % head_dim:
         return None
-    return linear, columns
+    parts = [(output, user) for user in whole.consumers() for output in user.outputs]
+    if any(_overlaps(columns, _columns_taken(u, v)) for v, u in parts if v is not value):
+        return None
+    while not whole.is_graph_output():
+        node = whole.producer()
+        linear = as_feature_linear(node) if node is not None else None
+        if linear is not None:
+            return linear, columns
+        if node is None or not _keeps_features(node) or node.inputs[0] is None:
+            return None
+        whole = node.inputs[0]
+        if len(whole.uses()) > 1:
+            return None
+    return None
+
+
+def _overlaps(columns: tuple[int, int], other: tuple[int, int] | None) -> bool:
+    return other is None or (other[0] < columns[1] and columns[0] < other[1])
 
 
 def _columns_taken(node: ir.Node, value: ir.Value) -> tuple[int, int] | None:
     """Which part of the last axis a Split output or Slice is; None for another axis or a step."""
-    source = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
-    result = static_shape(value)
-    if source is None or result is None or source[:-1] != result[:-1]:
+    source, result = node.inputs[0], last_dimension(value)
+    width = last_dimension(source)
+    if source is None or source.shape is None or width is None or result is None:
         return None
-    if node.op_type == "Split":
-        widths = [(static_shape(output) or (0,))[-1] for output in node.outputs]
-        first = sum(widths[: list(node.outputs).index(value)])
-        return first, first + result[-1]
-    starts, steps = constant_array(node.inputs[1]), None
-    if len(node.inputs) > 4:
-        steps = constant_array(node.inputs[4])
-    if starts is None or starts.size != 1 or (steps is not None and bool((steps != 1).any())):
+    last, first = (-1, len(source.shape) - 1), None
+    if node.op_type == "Split" and is_standard(node):
+        if node.attributes.get_int("axis", 0) in last:
+            widths = [last_dimension(output) or 0 for output in node.outputs]
+            first = sum(widths[: list(node.outputs).index(value)])
+    elif node.op_type == "Slice" and is_standard(node):
+        first = _slice_start(node, width, last)
+    return None if first is None else (first, first + result)
+
+
+def _slice_start(node: ir.Node, width: int, last: tuple[int, int]) -> int | None:
+    """First column of a Slice along the last axis alone, by steps of one."""
+    starts, axes, steps = (
+        constant_array(node.inputs[index]) if index < len(node.inputs) else None
+        for index in (1, 3, 4)
+    )
+    if starts is None or axes is None or starts.size != 1 or int(axes.item()) not in last:
         return None
-    first = int(starts.reshape(())) % source[-1]
-    return first, first + result[-1]
+    if len(node.inputs) > 4 and node.inputs[4] is not None and (steps is None or steps.item() != 1):
+        return None
+    start = int(starts.item())
+    return min(max(start + width if start < 0 else start, 0), width)
 
 
 def _keeps_heads(node: ir.Node, head_dim: int) -> bool:
     """A layout operator that moves whole heads: the last axis stays, splits or joins them."""
-    if node.op_type == "Identity":
-        return True
-    if not layout_inputs(node) or node.op_type in ("Concat", "Gather", "Slice", "Split"):
+    if node.op_type not in _MOVES or not is_standard(node):
         return False
-    source = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
-    result = static_shape(node.outputs[0])
-    if not source or not result or source[-1] % head_dim or result[-1] % head_dim:
+    source, result = last_dimension(node.inputs[0]), last_dimension(node.outputs[0])
+    if not source or not result or source % head_dim or result % head_dim:
         return False
     if node.op_type == "Transpose":
         order = node.attributes.get_ints("perm", ())
-        return bool(order) and order[-1] == len(source) - 1
+        return bool(order) and order[-1] == len(order) - 1
     return True
 
 
@@ -442,9 +528,9 @@ def _ahead_to_linear(value: ir.Value, head_dim: int) -> Linear | None:
         users = list(value.consumers())
         if len(users) != 1 or value.is_graph_output():
             return None
-        linear = as_linear(users[0])
+        linear = as_feature_linear(users[0])
         if linear is not None:
-            return linear if linear.activation is value else None
+            return linear
         if not _keeps_heads(users[0], head_dim):
             return None
         value = users[0].outputs[0]

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
+from qnpu.runtime_check.segments import SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds, run
 
 
@@ -28,6 +30,13 @@ class Perplexity:
     nll: tuple[float, ...]
     windows: int
     tokens: int
+
+    @classmethod
+    def of(cls, losses: Sequence[NDArray[np.float64]]) -> Perplexity:
+        """From the losses of each window's predicted tokens, nats."""
+        nll = tuple(float(loss.mean()) for loss in losses)
+        mean = float(np.average(nll, weights=[len(loss) for loss in losses]))
+        return cls(float(np.exp(mean)), nll, len(losses), sum(len(loss) for loss in losses))
 
 
 def measure_perplexity(
@@ -50,17 +59,37 @@ def measure_perplexity(
     Raises:
         DiagnosticError: QN116 where the graph does not run on these feeds.
     """
-    losses: list[float] = []
-    tokens = 0
+    losses: list[NDArray[np.float64]] = []
     for index, feed in enumerate(feeds):
         logits = run(session, [logits_name], feed)[0][0]
-        loss = next_token_loss(logits, feed["input_ids"][0])
-        losses.append(float(loss.mean()))
-        tokens += len(loss)
+        losses.append(next_token_loss(logits, feed["input_ids"][0]))
         progress(label, (index + 1) / len(feeds))
-    weights = [len(feed["input_ids"][0]) - 1 for feed in feeds]
-    mean = float(np.average(losses, weights=weights))
-    return Perplexity(float(np.exp(mean)), tuple(losses), len(feeds), tokens)
+    return Perplexity.of(losses)
+
+
+def stream_perplexity(
+    model: ir.Model,
+    feeds: Sequence[Feeds],
+    *,
+    logits_name: str = "logits",
+    progress: ProgressCallback = no_progress,
+    label: str = "evaluate",
+) -> Perplexity:
+    """The same of a graph in memory, run by segments: holds one segment's weights at a time.
+
+    Args:
+        model: typed, topologically sorted; for the rest see ``measure_perplexity``.
+    """
+    losses: list[NDArray[np.float64]] = []
+    runner = SegmentRunner(model, feeds)
+    total = len(runner.segments) * len(feeds)
+    for done, step in enumerate(runner.stream({logits_name}), start=1):
+        if logits_name in step.values:
+            ids = feeds[step.batch]["input_ids"][0]
+            losses.append(next_token_loss(step.values[logits_name][0], ids))
+        progress(label, done / total)
+    progress(label, 1.0)
+    return Perplexity.of(losses)
 
 
 def next_token_loss(logits: Array, ids: Array) -> NDArray[np.float64]:
