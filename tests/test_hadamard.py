@@ -129,12 +129,21 @@ def test_matrix_is_the_callers_own() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2, 12, 576])
-def test_random_hadamard_flips_columns_only(order: int) -> None:
+def test_random_hadamard_flips_rows_only(order: int) -> None:
     r = random_hadamard(order, 7)
     assert r.dtype == np.float64
     assert orthogonality_error(r) <= 1e-12
     ratio = r * np.sqrt(order) / hadamard_matrix(order)
-    np.testing.assert_allclose(ratio, np.broadcast_to(np.sign(ratio[0]), ratio.shape), rtol=1e-15)
+    signs = np.sign(ratio[:, :1])
+    np.testing.assert_allclose(ratio, np.broadcast_to(signs, ratio.shape), rtol=1e-15)
+
+
+def test_seeds_spread_one_row_vector_differently() -> None:
+    x = np.ones(64)  # a row of the plain matrix, the worst case: all its energy in one channel
+    peaks = {float(np.abs(x @ random_hadamard(64, seed)).max()) for seed in range(8)}
+    assert np.abs(x @ hadamard_matrix(64)).max() == 64
+    assert len(peaks) > 2
+    assert max(peaks) < 4
 
 
 @pytest.mark.parametrize("build", [random_hadamard, random_orthogonal])
