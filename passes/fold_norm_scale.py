@@ -12,14 +12,25 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import (
     add_initializer,
     constant_array,
+    last_dimension,
     name_of,
     replace_value,
     set_constant,
 )
-from qnpu.compiler.op_traits import Linear, normalized_inputs
+from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.topology import ResidualStream, discover, input_axis, linears_behind
-from qnpu.passes.canonicalize import bias_into_gemm
+from qnpu.compiler.topology import (
+    ResidualStream,
+    as_feature_norm,
+    discover,
+    has_foreign_bias,
+    has_one_role,
+    input_axis,
+    is_tied,
+    linears_behind,
+    untie,
+)
+from qnpu.passes.canonicalize import OPSET, bias_into_gemm
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,12 @@ class FoldNormScale(Pass):
 
     A LayerNorm becomes an RMSNorm where every source of the residual stream can be centred: with
     W(I - 11ᵀ/H) in the sources the stream's mean is zero, so subtracting it does nothing. Folds in
-    float64, stores float32, one weight at a time (quantnpu.md §0).
+    float64, stores the weight's own type, one weight at a time (quantnpu.md §0). A linear tied to
+    the embedding gets a weight of its own first.
 
-    Must not fire where a norm's result goes elsewhere than to linears, where a weight has another
-    user, or on gains that are one already.
+    Must not fire where a norm's result goes elsewhere than to linears or is not over the last axis
+    alone, where a weight or a bias to be changed has another user, where a Gemm scales what a bias
+    would have to pass (alpha, beta), or on gains that are one already.
     """
 
     name: ClassVar[str] = "fold-norm-scale"
@@ -52,58 +65,105 @@ class FoldNormScale(Pass):
             return 0
         count = _centre(graph, topology.stream)
         for node in list(graph):
-            if normalized_inputs(node):
-                count += _fold(graph, node)
+            count += _fold(graph, node)
         return count
 
 
-def _fold(graph: ir.Graph, norm: ir.Node) -> int:
-    linears = linears_behind(norm.outputs[0])
+@dataclass(frozen=True, slots=True)
+class _Affine:
+    """What a norm does after normalizing, where the linears behind can do it.
+
+    Attributes:
+        gain: of shape (H,).
+        bias: likewise, or None where it is zero.
+        linears: their weights, and biases where needed, may change.
+    """
+
+    gain: NDArray[Any]
+    bias: NDArray[Any] | None
+    linears: list[Linear]
+
+
+def _affine(norm: ir.Node) -> _Affine | None:
+    """None where the gain and bias cannot be folded."""
+    source = as_feature_norm(norm)
+    linears = linears_behind(norm.outputs[0]) if source is not None else None
+    if source is None or not linears:
+        return None
     gain = constant_array(norm.inputs[1])
-    if not linears or gain is None or not _own_weights(linears):
+    bias = constant_array(norm.inputs[2]) if _bias_of(norm) is not None else None
+    if gain is None or gain.shape != (last_dimension(source),):
+        return None
+    if _bias_of(norm) is not None and (bias is None or bias.shape != gain.shape):
+        return None
+    if bias is not None and not bias.any():
+        bias = None
+    if not all(_may_change(linear, with_bias=bias is not None) for linear in linears):
+        return None
+    return _Affine(gain, bias, linears)
+
+
+def _bias_of(norm: ir.Node) -> ir.Value | None:
+    return norm.inputs[2] if len(norm.inputs) > 2 else None
+
+
+def _may_change(linear: Linear, *, with_bias: bool) -> bool:
+    """The weight, and where needed the bias, serve this linear alone."""
+    if not (has_one_role(linear.weight) or is_tied(linear)):
+        return False
+    if not with_bias:
+        return True
+    scales = [linear.node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+    own_bias = linear.bias is None or has_one_role(linear.bias)
+    return own_bias and not has_foreign_bias(linear) and scales == [1.0, 1.0]
+
+
+def _fold(graph: ir.Graph, norm: ir.Node) -> int:
+    affine = _affine(norm)
+    if affine is None or (affine.bias is None and bool((affine.gain == 1).all())):
         return 0
-    bias = norm.inputs[2] if len(norm.inputs) > 2 else None
-    bias_array = constant_array(bias)
-    has_bias = bias_array is not None and bool(bias_array.any())
-    if bool((gain == 1).all()) and not has_bias:
-        return 0
-    for linear in linears:
+    gain = affine.gain.astype(np.float64)
+    for tied in affine.linears:
+        linear = untie(graph, tied)
         weight = constant_array(linear.weight)
         if weight is None:
-            return 0
+            raise ValueError(f"initializer {linear.weight.name} has no data")
         axis = input_axis(linear)
-        if has_bias and bias_array is not None:
-            extra = np.tensordot(bias_array.astype(np.float64), weight, axes=([0], [axis]))
-            _add_bias(graph, linear, extra)
+        if affine.bias is not None:
+            extra = np.tensordot(affine.bias.astype(np.float64), weight, axes=([0], [axis]))
+            _add_bias(graph, linear, extra.astype(weight.dtype))
         shape = [1] * weight.ndim
         shape[axis] = -1
-        scaled = weight.astype(np.float64) * gain.astype(np.float64).reshape(shape)
-        set_constant(linear.weight, scaled.astype(np.float32))
-    ones = add_initializer(graph, f"{name_of(norm)}_unit_gain", np.ones(gain.shape, np.float32))
-    norm.replace_input_with(1, ones)
-    if bias is not None:
-        zeros = np.zeros(gain.shape, np.float32)
-        norm.replace_input_with(2, add_initializer(graph, f"{name_of(norm)}_no_bias", zeros))
+        scaled = weight.astype(np.float64) * gain.reshape(shape)
+        set_constant(linear.weight, scaled.astype(weight.dtype))
+    _replace_parameter(graph, norm, 1, "unit_gain", np.ones_like(affine.gain))
+    if _bias_of(norm) is not None:
+        _replace_parameter(graph, norm, 2, "no_bias", np.zeros_like(affine.gain))
     return 1
 
 
-def _own_weights(linears: list[Linear]) -> bool:
-    """No weight, nor bias, is used by anyone but its linear."""
-    constants = [v for linear in linears for v in (linear.weight, linear.bias) if v is not None]
-    return all(len(list(v.uses())) == 1 for v in constants) and all(
-        linear.bias is not None or len(linear.node.inputs) < 3 for linear in linears
-    )
+def _replace_parameter(
+    graph: ir.Graph, norm: ir.Node, index: int, name: str, array: NDArray[Any]
+) -> None:
+    """Sets an input of a norm; the old constant goes where no one else has use for it."""
+    old = norm.inputs[index]
+    norm.replace_input_with(index, add_initializer(graph, f"{name_of(norm)}_{name}", array))
+    if old is None or not old.is_initializer() or old.uses():
+        return
+    if not (old.is_graph_input() or old.is_graph_output()):
+        del graph.initializers[name_of(old)]
 
 
-def _add_bias(graph: ir.Graph, linear: Linear, extra: NDArray[np.float64]) -> None:
+def _add_bias(graph: ir.Graph, linear: Linear, extra: NDArray[Any]) -> None:
     """Adds to a linear's bias; a MatMul without one becomes a Gemm with one."""
     if linear.bias is not None:
         old = constant_array(linear.bias)
         if old is not None:
-            set_constant(linear.bias, (old.astype(np.float64) + extra).astype(np.float32))
+            total = old.astype(np.float64) + extra
+            set_constant(linear.bias, total.astype(old.dtype))
         return
     node, output = linear.node, linear.node.outputs[0]
-    bias = add_initializer(graph, f"{name_of(node)}_bias", extra.astype(np.float32))
+    bias = add_initializer(graph, f"{name_of(node)}_bias", extra)
     if node.op_type == "Gemm":
         node.resize_inputs(3)
         node.replace_input_with(2, bias)
@@ -122,14 +182,19 @@ def _centre(graph: ir.Graph, stream: ResidualStream) -> int:
     norms = [sink.norm for sink in stream.sinks if sink.norm is not None]
     if stream.blockers or not norms or any(n.op_type != "LayerNormalization" for n in norms):
         return 0
-    if not all(sink.norm is not None and _own_weights(list(sink.linears)) for sink in stream.sinks):
+    if len(norms) < len(stream.sinks) or any(_affine(norm) is None for norm in norms):
         return 0
+    if graph.opset_imports.get("", 0) < OPSET:  # the first with RMSNormalization
+        return 0
+    for sink in stream.sinks:
+        for linear in sink.linears:
+            untie(graph, linear)
     for source in stream.sources:
         for value, axis in ((source.weight, source.axis), (source.bias, 0)):
             array = constant_array(value)
             if value is not None and array is not None:
                 mean = array.mean(axis=axis, keepdims=True, dtype=np.float64)
-                set_constant(value, (array - mean).astype(np.float32))
+                set_constant(value, (array - mean).astype(array.dtype))
     for norm in norms:
         _fold(graph, norm)
         _to_rms(graph, norm)

@@ -20,6 +20,7 @@ from qnpu.compiler.topology import (
     ValuePath,
     discover,
     input_axis,
+    untie,
 )
 
 MARK = "qnpu.rotation"
@@ -45,7 +46,8 @@ class FuseRotation(Pass):
 
     Of ``tries`` seeds for R1 the one is kept whose rotated stream is flattest: least
     max / mean of diag(R1ᵀ·C·R1), C = Σ WᵀW over all sources, a data-free stand-in for the stream's
-    second moment. Folds in float64, stores float32, one weight at a time.
+    second moment. Folds in float64, stores the weight's own type, one weight at a time. A linear
+    tied to the embedding gets a weight of its own first.
 
     Must not fire where a norm on the stream has a gain, where anything but norms and linears reads
     the stream or anything but embeddings and linears writes it (QN201), where a value path is not
@@ -92,13 +94,14 @@ class FuseRotation(Pass):
             ]
             return 0
         seed, rotation = self._flattest(compilation, stream)
+        graph = compilation.graph
+        readers = [untie(graph, linear) for sink in stream.sinks for linear in sink.linears]
         for source in stream.sources:
             rotate_axis(source.weight, source.axis, rotation)
             if source.bias is not None:
                 rotate_axis(source.bias, 0, rotation)
-        for sink in stream.sinks:
-            for linear in sink.linears:
-                rotate_axis(linear.weight, input_axis(linear), rotation)
+        for linear in readers:
+            rotate_axis(linear.weight, input_axis(linear), rotation)
         done.append(f"r1={seed}")
         return 1
 
@@ -181,7 +184,7 @@ def rotate_axis(
     lead, width, size = rows.shape[:-1], rows.shape[-1], len(rotation)
     last = width if last is None else last
     flat = rows.reshape(-1, width)
-    result = np.array(flat, np.float32)
+    result = np.array(flat)
     for start in range(0, len(flat), _CHUNK_ROWS):
         part = flat[start : start + _CHUNK_ROWS, first:last].astype(np.float64)
         turned = part.reshape(len(part), -1, size) @ rotation
