@@ -16,6 +16,7 @@ from tests.conftest import parse
 W = "float[2, 2] w = {1, 2, 3, 4}"
 MATRIX = "g (float[2, 2] x) => (float[2, 2] y)"
 V = "float[2, 2] v = {5, 6, 7, 8}"
+S = "int64[2] s = {1, 2}"
 WEIGHT = "s8 symmetric per-channel(axis=1)"
 U8, U16 = "u8 asymmetric per-tensor", "u16 asymmetric per-tensor"
 
@@ -326,6 +327,56 @@ def test_an_input_whose_copy_is_an_output_is_one_group() -> None:
 def test_an_identity_before_an_output_is_as_wide_as_the_rest() -> None:
     compilation, _ = planned("g (float[4] x) => (float[4] y) { y = Identity(x) }", "w8a16")
     assert specs(compilation) == {"x": U16, "y": U16}
+
+
+GATED = f"""
+    g (float[1, 2] x) => (float[1, 2] out)
+    <{W}, {V}, float[2, 2] d = {{2, 1, 1, 3}}, float[2, 2] h = {{1, 1, 2, 3}}, {S}>
+    {{
+        gate = MatMul(x, w)
+        up = MatMul(x, v)
+        act = Sigmoid(gate)
+        product = Mul(act, up)
+        same = Reshape(product, s)
+        down = MatMul(same, d)
+        stream = Add(x, down)
+        out = MatMul(stream, h)
+    }}
+"""
+
+
+def test_what_a_down_projection_takes_stays_wide() -> None:
+    compilation, _ = planned(GATED, "w8a8")
+    plan = specs(compilation)
+    assert (plan["product"], plan["same"], plan["down"]) == (U16, U16, U16)
+    assert (plan["gate"], plan["up"], plan["stream_requantized"]) == (U8, U8, U8)
+    assert "down = MatMul(same, d)" in body(compilation)
+
+
+def test_a_scheme_may_narrow_down_projections_too() -> None:
+    compilation = Compilation(parse(GATED))
+    AssignBitWidths(Scheme("all8", 8, 8, down_bits=8)).run(compilation)
+    assert "down = MatMul(same_requantized, d)" in body(compilation)
+    assert specs(compilation)["same_requantized"] == U8
+
+
+@pytest.mark.parametrize(
+    "body_text",
+    [
+        "n = RMSNormalization(x, c)  a = MatMul(n, w)  y = Add(a, x)",  # takes a norm's
+        "t = MatMul(x, x)  a = MatMul(t, w)  y = Add(a, x)",  # an attention's
+        "t = MatMul(x, v)  a = MatMul(t, w)  y = Add(a, x)",  # another linear's
+        "t = Relu(x)  a = MatMul(t, w)  b = Relu(a)  y = Add(b, x)",  # joins no stream
+    ],
+)
+def test_other_linears_take_narrow_inputs(body_text: str) -> None:
+    compilation, _ = planned(
+        f"g (float[2, 2] x) => (float[2, 2] y) <{W}, {V}, float[2] c = {{1, 2}}> {{ {body_text} }}",
+        "w8a8",
+    )
+    operand = next(node for node in compilation.graph if node.outputs[0].name == "a").inputs[0]
+    assert operand is not None
+    assert specs(compilation)[operand.name or ""] == U8
 
 
 def test_a_table_that_is_also_a_weight_gets_two_names() -> None:
