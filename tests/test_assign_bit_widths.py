@@ -331,7 +331,8 @@ def test_an_identity_before_an_output_is_as_wide_as_the_rest() -> None:
 
 GATED = f"""
     g (float[1, 2] x) => (float[1, 2] out)
-    <{W}, {V}, float[2, 2] d = {{2, 1, 1, 3}}, float[2, 2] h = {{1, 1, 2, 3}}, {S}>
+    <{W}, {V}, float[2, 2] d = {{2, 1, 1, 3}}, float[2, 2] h = {{1, 1, 2, 3}}, {S},
+     float[2] gain = {{1, 2}}>
     {{
         gate = MatMul(x, w)
         up = MatMul(x, v)
@@ -340,7 +341,8 @@ GATED = f"""
         same = Reshape(product, s)
         down = MatMul(same, d)
         stream = Add(x, down)
-        out = MatMul(stream, h)
+        normed = RMSNormalization(stream, gain)
+        out = MatMul(normed, h)
     }}
 """
 
@@ -349,7 +351,7 @@ def test_what_a_down_projection_takes_stays_wide() -> None:
     compilation, _ = planned(GATED, "w8a8")
     plan = specs(compilation)
     assert (plan["product"], plan["same"], plan["down"]) == (U16, U16, U16)
-    assert (plan["gate"], plan["up"], plan["stream_requantized"]) == (U8, U8, U8)
+    assert (plan["gate"], plan["up"], plan["normed_requantized"]) == (U8, U8, U8)
     assert "down = MatMul(same, d)" in body(compilation)
 
 
