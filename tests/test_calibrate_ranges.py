@@ -121,17 +121,18 @@ def test_fixed_encodings_reach_the_range_but_for_one_step(
 
 
 def test_four_bit_weights_are_clipped_eight_bit_ones_are_not() -> None:
-    values = np.concatenate([normal(63), [8.0]]).astype(np.float32)
+    """Also where clipping would pay at 8 bits: 200 weights lie halfway between two codes."""
+    column = [1.0, *[0.5] * 200]
     text = f"""
-        g (float[1, 64] x) => (float[1, 1] y)
-        <float[64, 1] w = {{{", ".join(map(str, values))}}}, float[1, 1] v = {{1}}>
+        g (float[1, 201] x) => (float[1, 1] y)
+        <float[201, 1] w = {{{", ".join(map(str, column))}}}, float[1, 1] v = {{1}}>
         {{ h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }}
     """
-    data = ArraySamples({"x": normal(2, 64)})
+    data = ArraySamples({"x": normal(2, 201)})
     eight, _ = calibrated(text, data)
     four, _ = calibrated(text, data, scheme="w4a16")
-    np.testing.assert_allclose(eight.encodings["w"].scale, [8 / 127], rtol=1e-6)
-    assert float(four.encodings["w"].scale[0]) < 0.95 * 8 / 7
+    np.testing.assert_allclose(eight.encodings["w"].scale, [1 / 127], rtol=1e-6)
+    assert 0.4 / 7 < float(four.encodings["w"].scale[0]) < 0.95 / 7
 
 
 def test_progress_ends_at_one() -> None:

@@ -103,6 +103,13 @@ def test_every_code_comes_back(spec: QuantSpec) -> None:
     np.testing.assert_array_equal(encoding.quantize(encoding.dequantize(codes)), codes)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (-2.0, -1.0)])
+def test_a_range_without_zero_is_widened(spec: QuantSpec, low: float, high: float) -> None:
+    widened = Encoding.from_range(spec, min(low, 0.0), max(high, 0.0))
+    assert Encoding.from_range(spec, low, high).same_as(widened)
+
+
 def test_an_empty_range_has_scale_one() -> None:
     for spec in SPECS:
         assert float(Encoding.from_range(spec, 0.0, 0.0).scale) == 1.0
