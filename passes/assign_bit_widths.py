@@ -244,16 +244,17 @@ def _is_keys_or_values(value: ir.Value) -> bool:
 
 
 def _joins_residual_or_output(value: ir.Value) -> bool:
-    """True where a value is added to an activation, or leaves the graph other than as a cache.
+    """True where a value is added to an activation, or leaves the graph other than as a cache."""
+    leaves = any(v.is_graph_output() and not _is_keys_or_values(v) for v in _copies(value))
+    return leaves or _joins_residual(value)
 
-    A norm on the way (Gemma's post-norms) does not matter.
-    """
-    if any(v.is_graph_output() and not _is_keys_or_values(v) for v in _copies(value)):
-        return True
+
+def _joins_residual(value: ir.Value) -> bool:
+    """True where a value is added to an activation; a norm on the way (Gemma's) does not matter."""
     return any(
         (node.op_type == "Add" and _activations(node) > 1)
-        or (value in normalized_inputs(node) and _joins_residual_or_output(node.outputs[0]))
-        for node, _ in _computing_uses(value)
+        or (bool(normalized_inputs(node)) and index == 0 and _joins_residual(node.outputs[0]))
+        for node, index in _computing_uses(value)
     )
 
 
@@ -270,7 +271,7 @@ def _is_down(linear: Linear) -> bool:
         node = source.producer() if source is not None else None
     if node is None or as_linear(node) or is_dynamic_matmul(node) or normalized_inputs(node):
         return False
-    return _joins_residual_or_output(linear.node.outputs[0])
+    return _joins_residual(linear.node.outputs[0])
 
 
 def _activations(node: ir.Node) -> int:

@@ -15,27 +15,59 @@ from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds
 
+_CHUNK = 2**18
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Σ r², Σ o², Σ r·o, Σ (r - o)² and max |r - o| over two tensors, in float64."""
+
+    reference: float = 0.0
+    other: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+    worst: float = 0.0
+
+    @classmethod
+    def of(cls, reference: Array, other: Array) -> _Sums:
+        """In chunks: no copy of a whole tensor in float64 is made."""
+        sums = cls()
+        flat_reference, flat_other = reference.reshape(-1), other.reshape(-1)
+        for start in range(0, flat_reference.size, _CHUNK):
+            r = flat_reference[start : start + _CHUNK].astype(np.float64)
+            o = flat_other[start : start + _CHUNK].astype(np.float64)
+            sums.reference += float(r @ r)
+            sums.other += float(o @ o)
+            sums.product += float(r @ o)
+            r -= o
+            sums.noise += float(r @ r)
+            sums.worst = max(sums.worst, float(np.abs(r, out=r).max()))
+        return sums
+
+    @property
+    def sqnr_db(self) -> float:
+        if self.noise == 0.0:
+            return float("inf")
+        ratio = self.reference / self.noise
+        return 10.0 * float(np.log10(ratio)) if ratio > 0 else float("-inf")
+
+    @property
+    def cosine(self) -> float:
+        norms = float(np.sqrt(self.reference) * np.sqrt(self.other))
+        return self.product / norms if norms > 0.0 else float(self.noise == 0.0)
+
 
 def sqnr_db(reference: Array, other: Array) -> float:
     """Signal-to-quantization-noise ratio, dB: 10·log10(Σ ref² / Σ (ref - other)²).
 
     Infinite where both are equal; -inf where only the reference is zero.
     """
-    reference64 = reference.astype(np.float64)
-    noise = float(((reference64 - other) ** 2).sum())
-    signal = float((reference64**2).sum())
-    if noise == 0.0:
-        return float("inf")
-    return 10.0 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+    return _Sums.of(reference, other).sqnr_db
 
 
 def cosine(reference: Array, other: Array) -> float:
     """Cosine of the angle between two tensors seen as vectors; 1 where both are zero."""
-    a, b = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if norms == 0.0:
-        return float(np.array_equal(a, b))
-    return float(a @ b) / norms
+    return _Sums.of(reference, other).cosine
 
 
 def lsb_difference(reference: Array, other: Array, scale: float) -> NDArray[np.int64]:
@@ -150,5 +182,5 @@ def _values(
 
 
 def _compare(name: str, reference: Array, other: Array) -> TensorComparison:
-    error = float(np.abs(reference - other).max()) if reference.size else 0.0
-    return TensorComparison(name, sqnr_db(reference, other), cosine(reference, other), error)
+    sums = _Sums.of(reference, other)
+    return TensorComparison(name, sums.sqnr_db, sums.cosine, sums.worst)
