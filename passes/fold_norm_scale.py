@@ -148,10 +148,14 @@ def _replace_parameter(
     """Sets an input of a norm; the old constant goes where no one else has use for it."""
     old = norm.inputs[index]
     norm.replace_input_with(index, add_initializer(graph, f"{name_of(norm)}_{name}", array))
-    if old is None or not old.is_initializer() or old.uses():
+    _drop_unused(graph, old)
+
+
+def _drop_unused(graph: ir.Graph, value: ir.Value | None) -> None:
+    if value is None or not value.is_initializer() or value.uses():
         return
-    if not (old.is_graph_input() or old.is_graph_output()):
-        del graph.initializers[name_of(old)]
+    if not (value.is_graph_input() or value.is_graph_output()):
+        del graph.initializers[name_of(value)]
 
 
 def _add_bias(graph: ir.Graph, linear: Linear, extra: NDArray[Any]) -> None:
@@ -169,10 +173,12 @@ def _add_bias(graph: ir.Graph, linear: Linear, extra: NDArray[Any]) -> None:
         node.replace_input_with(2, bias)
         return
     add = ir.node("Add", [output, bias], name=f"{name_of(node)}_add_bias")
-    result = add.outputs[0]
-    result.name, result.type, result.shape = f"{name_of(output)}_biased", output.type, output.shape
+    result, name = add.outputs[0], name_of(output)
+    result.name, result.type, result.shape = f"{name}_biased", output.type, output.shape
     graph.insert_after(node, add)
     replace_value(graph, output, result)
+    if output.name is None:  # the graph output keeps its name, so the product needs another
+        output.name = f"{name}_unbiased"
     add.replace_input_with(0, output)
     bias_into_gemm(graph, add)
 
@@ -202,7 +208,7 @@ def _centre(graph: ir.Graph, stream: ResidualStream) -> int:
 
 
 def _to_rms(graph: ir.Graph, norm: ir.Node) -> None:
-    source, gain = norm.inputs[0], norm.inputs[1]
+    source, gain, bias = norm.inputs[0], norm.inputs[1], _bias_of(norm)
     attributes: dict[str, Any] = {
         "axis": -1,
         "epsilon": norm.attributes.get_float("epsilon", 1e-5),
@@ -213,3 +219,4 @@ def _to_rms(graph: ir.Graph, norm: ir.Node) -> None:
     graph.insert_before(norm, rms)
     replace_value(graph, old, output)
     graph.remove(norm, safe=True)
+    _drop_unused(graph, bias)
