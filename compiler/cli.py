@@ -185,6 +185,8 @@ def _compile(
         open_model(model, settings, progress) as opened,
     ):
         _refuse_own_input(opened, out)
+        if is_quantized(opened.model.graph):
+            raise DiagnosticError(InvalidConfig("MODEL", "is quantized already").at(file=model))
         calibration, data = calibration_data(settings, opened.tokenizer)
         times["load"] = time.perf_counter() - started
         result = compile_model(opened.model, settings, calibration, progress)

@@ -103,7 +103,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in kinds:
             known = ", ".join(sorted(kinds))
             _fail(key, f"unknown key; known are {known}", str(path))
-        if key == "keep_inputs" and isinstance(value, list):
+        if key == "keep_inputs":
+            if not isinstance(value, list) or not all(type(v) is str for v in value):
+                _fail(key, "must be a list of names", str(path))
             table[key] = tuple(value)
         elif key == "freeze_dims":
             if not isinstance(value, dict) or not all(type(v) is int for v in value.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import resource
 import sys
@@ -124,6 +125,7 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(body)
     def wrapped(**options: object) -> None:
+        logging.disable(logging.WARNING)  # what libraries log is no diagnostic of ours
         try:
             body(**options)
             sys.stdout.flush()

@@ -35,6 +35,8 @@ def _run(app: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    # ONNX Runtime would report its use to Microsoft, and keep a database of that under ~/.cache.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from qnpu.compiler import cli  # noqa: PLC0415
 
     getattr(cli, app)()

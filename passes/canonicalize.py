@@ -30,6 +30,7 @@ from qnpu.compiler.graph_edit import (
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.rules import UnsupportedOpset
+from qnpu.runtime_check.session import open_session
 
 OPSET = 23
 _IR_VERSION = 11
@@ -57,7 +58,7 @@ class Canonicalize(Pass):
 
     Must not fire on its own result. Raises QN106 for an operator without a schema, QN108 for half
     or double precision, QN109 for control flow that is left, QN112 for an opset that cannot be
-    raised.
+    raised, QN116 where types do not work out.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -77,6 +78,8 @@ class Canonicalize(Pass):
             if not round_changes:
                 break
         _raise_any([*control_flow(model.graph), *unsupported_float_types(model.graph)])
+        if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
+            open_session(model)  # fails where the graph is at fault, and says why
         return changes
 
 
