@@ -56,9 +56,10 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
 
     Between half the limit and the limit, the cut is where the fewest bytes cross: between decoder
     layers rather than within an attention. A single node may exceed the limit. Dimensions that are
-    not static count as one.
+    not static count as one. A weight is dequantized in every segment that uses it, rather than
+    carried there as float.
     """
-    nodes = list(graph)
+    nodes = [node for node in graph if not _dequantizes_weight(node)]
     crossing = _crossing_bytes(nodes)
     runs: list[list[ir.Node]] = []
     start = 0
@@ -76,6 +77,15 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
     return [_segment(run, index, segment_of) for index, run in enumerate(runs)]
 
 
+def _dequantizes_weight(node: ir.Node | None) -> bool:
+    return (
+        node is not None
+        and node.op_type == "DequantizeLinear"
+        and all(v is None or v.is_initializer() for v in node.inputs)
+        and not node.outputs[0].is_graph_output()
+    )
+
+
 def _crossing_bytes(nodes: list[ir.Node]) -> list[int]:
     """Bytes of values made at or before each node and used after it."""
     position = {node: index for index, node in enumerate(nodes)}
@@ -91,17 +101,20 @@ def _crossing_bytes(nodes: list[ir.Node]) -> list[int]:
 def _segment(nodes: list[ir.Node], index: int, segment_of: dict[ir.Node, int]) -> Segment:
     takes: dict[ir.Value, None] = {}
     hands_on: dict[ir.Value, None] = {}
+    weights: dict[ir.Node, None] = {}
     for node in nodes:
         for value in node.inputs:
             if value is None or value.is_initializer():
                 continue
             producer = value.producer()
-            if producer is None or segment_of[producer] != index:
+            if producer is not None and _dequantizes_weight(producer):
+                weights[producer] = None
+            elif producer is None or segment_of[producer] != index:
                 takes[value] = None
         for value in node.outputs:
             if any(segment_of[user] > index for user in value.consumers()):
                 hands_on[value] = None
-    return Segment(tuple(nodes), tuple(takes), tuple(hands_on))
+    return Segment((*weights, *nodes), tuple(takes), tuple(hands_on))
 
 
 def _bytes(value: ir.Value) -> int:

@@ -150,5 +150,9 @@ def test_four_bit_constants_cross_into_a_segment() -> None:
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     node.outputs[0].shape = ir.Shape([3])
     model.graph.insert_before(next(iter(model.graph)), node)
-    steps = list(SegmentRunner(model, [{"x": normal(3)}]).stream({"w"}))
-    assert steps[0].values["w"].tolist() == [-4.0, 3.5, 1.5]
+    (product,) = (user for user in model.graph if user.op_type == "Mul")
+    product.replace_input_with(1, node.outputs[0])
+    ones = np.ones(3, np.float32)
+    steps = list(SegmentRunner(model, [{"x": ones}], limit=1).stream({"y"}))
+    assert [segment.takes for segment in cut_segments(model.graph, 1)][1] == (product.inputs[0],)
+    assert steps[-1].values["y"].tolist() == [4.0, -3.5, -1.5]
