@@ -346,6 +346,24 @@ def test_values_within_a_fused_linear(changes: list[Change]) -> None:
     assert relative_error(run_model(model, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
 
 
+def test_other_columns_of_a_fused_linear_stay() -> None:
+    # Were Q and K turned by one matrix too, their scores would not tell.
+    before, model = fused(), fused()
+    assert apply(FuseRotation(residual=False), model) == 1
+    old, new = weights(before)["fused"], weights(model)["fused"]
+    np.testing.assert_array_equal(new[:, :8], old[:, :8])
+    assert np.abs(new[:, 8:] - old[:, 8:]).max() > 0.1
+
+
+def test_a_bias_of_v_is_rotated() -> None:
+    gemm = "nf = Reshape(n1, flat)  vf = Gemm(nf, wv, c)  v = Reshape(vf, back)"
+    constants = ", int64[2] flat = {3, 4}, int64[3] back = {1, 3, 4}, float[4] c = {1, 2, 3, 4}"
+    before, model = (toy(("v =", gemm), constants=constants) for _ in range(2))
+    assert rotate(model) == (2, [])
+    feeds = toy_feeds(model)
+    assert relative_error(run_model(model, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
+
+
 def test_a_gemm_that_scales_is_rotated() -> None:
     gemm = "r2 = Reshape(r, rows)  d2 = Gemm<alpha: float = 0.5, beta: float = 3>(r2, down, c)"
     change = ("d =", f"{gemm}  d = Reshape(d2, back)")

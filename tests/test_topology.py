@@ -128,12 +128,24 @@ def test_what_blocks_the_stream(why: str) -> None:
 def test_a_subgraph_that_reads_the_stream_blocks_it() -> None:
     branches = """
         t = If(yes) <
-            then_branch = a () => (float[1, 3, 4] ta) { ta = Identity(x) },
+            then_branch = a () => (float[1, 3, 4] ta) {
+                na = RMSNormalization(x, g1)
+                ta = MatMul(na, other)
+            },
             else_branch = b () => (float[1, 3, 4] tb) { tb = Identity(o) }
         >
     """
-    model = toy(("y =", f"{branches}  y = Add(x, o)"), inputs=", bool yes")
+    other = f", {tensor('other', 4, 4)}"
+    model = toy(("y =", f"{branches}  y = Add(x, o)"), inputs=", bool yes", constants=other)
     assert stream_blockers(model)
+
+
+def test_an_operator_of_another_domain_is_unknown_whatever_its_name() -> None:
+    _, changes, more = STREAM_BLOCKED["operator of another domain"]
+    model = toy(*changes, **more)
+    values = {name_of(v): v for node in model.graph for v in node.outputs}
+    values["t"].shape = values["x"].shape
+    assert "t" in stream_blockers(model)
 
 
 @pytest.mark.parametrize("why", STREAM_FREE)
@@ -202,7 +214,10 @@ def test_columns_of_a_fused_linear(changes: list[Change], columns: tuple[int, in
 
 
 FUSED_BLOCKED: dict[str, tuple[list[Change], str]] = {
-    "a step": ([("v =", "v = Slice(qkv, c4, c12, last, step)")], ""),
+    "a step": (
+        [("k =", "k = Slice(qkv, c0, c4, last)"), ("v =", "v = Slice(qkv, c4, c12, last, step)")],
+        "",
+    ),
     "an overlap": (
         [("k =", "k = Slice(qkv, minus8, minus4, last)  o2 = Slice(qkv, c8, c12, last)")],
         "",
