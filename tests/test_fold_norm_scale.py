@@ -41,7 +41,7 @@ from tests.decoders import (
     toy_feeds,
 )
 
-# Measured: 1.6e-7 (gemma3) to 6.6e-7 (llama, mistral); optimum 4.7e-7 (llama), 5.8e-7 (gpt2).
+# Measured: 1.6e-7 (gemma3) to 6.6e-7 (llama, mistral; by optimum too).
 BOUND = 3e-6
 
 
