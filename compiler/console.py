@@ -41,7 +41,7 @@ EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 141
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
-_MOST_NOTES = 3
+_MOST_ALIKE = 3
 
 
 def error_console() -> Console:
@@ -50,7 +50,7 @@ def error_console() -> Console:
 
 
 def print_diagnostics(diagnostics: Sequence[Diagnostic], file: str = "") -> None:
-    """Prints diagnostics to standard error; of notes with one code only the first three.
+    """Prints diagnostics to standard error; of notes and warnings alike only the first three.
 
     Args:
         diagnostics: in order.
@@ -60,7 +60,7 @@ def print_diagnostics(diagnostics: Sequence[Diagnostic], file: str = "") -> None
     printed: Counter[str] = Counter()
     for diagnostic in diagnostics:
         printed[diagnostic.code] += 1
-        if diagnostic.severity is Severity.NOTE and printed[diagnostic.code] > _MOST_NOTES:
+        if diagnostic.severity is not Severity.ERROR and printed[diagnostic.code] > _MOST_ALIKE:
             continue
         style = _STYLES[diagnostic.severity]
         rule, location = diagnostic.rule, diagnostic.location
@@ -74,10 +74,10 @@ def print_diagnostics(diagnostics: Sequence[Diagnostic], file: str = "") -> None
         if any(place):
             console.print(Text("  --> " + ": ".join(part for part in place if part)))
         console.print(Text(f"  help: {rule.help()}"))
-    notes = {d.code for d in diagnostics if d.severity is Severity.NOTE}
-    for code in sorted(notes):
-        if printed[code] > _MOST_NOTES:
-            console.print(Text(f"… and {printed[code] - _MOST_NOTES} more {code}", "dim"))
+    repeated = {d.code for d in diagnostics if d.severity is not Severity.ERROR}
+    for code in sorted(repeated):
+        if printed[code] > _MOST_ALIKE:
+            console.print(Text(f"… and {printed[code] - _MOST_ALIKE} more {code}", "dim"))
 
 
 def print_json(value: object) -> None:

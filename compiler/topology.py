@@ -422,7 +422,9 @@ def _value_path(matmul: ir.Node) -> ValuePath | Blocker:
         return Blocker("the width of a head is not static", where)
     made = _back_to_linear(value, head_dim)
     if made is None:
-        return Blocker("V is not made by a linear through reshapes alone", where)
+        return Blocker(
+            "V is not made by a linear through reshapes alone, or is read elsewhere too", where
+        )
     taken = _ahead_to_linear(matmul.outputs[0], head_dim)
     if taken is None:
         return Blocker("the heads do not go to one linear through reshapes alone", where)
