@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx_ir as ir
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,7 @@ from qnpu.compiler.console import (
 )
 from qnpu.compiler.diagnostics import DiagnosticError, Severity
 from qnpu.compiler.graph_checks import check_graph, is_quantized
+from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.output import REPORT_NAME, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation
@@ -192,7 +194,7 @@ def _compile(
         result = compile_model(opened.model, settings, calibration, progress)
         times["compile"] = time.perf_counter() - started - times["load"]
         batch = calibration.feeds(result.model.graph.inputs)[0]
-        evaluation, evaluated = _evaluation(settings, opened, result.model.graph.inputs)
+        evaluation, evaluated = _evaluation(settings, opened, result.model.graph)
         checks = check_result(result, batch, evaluation, progress)
         times["check"] = time.perf_counter() - started - sum(times.values())
         report = write_result(
@@ -252,21 +254,23 @@ def _refuse_own_input(opened: OpenedModel, out: Path) -> None:
 
 
 def _evaluation(
-    settings: CompileConfig, opened: OpenedModel, inputs: Any
+    settings: CompileConfig, opened: OpenedModel, graph: ir.Graph
 ) -> tuple[list[Feeds], str]:
-    """Feeds to measure perplexity on; none for a graph that takes no token ids."""
-    takes_tokens = any(value.name == "input_ids" for value in inputs)
-    if not settings.eval_windows or opened.tokenizer is None or not takes_tokens:
+    """Feeds to measure perplexity on; none for a graph that does not turn token ids to logits."""
+    ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    shape = static_shape(ids) if ids is not None else None
+    predicts = any(value.name == LOGITS for value in graph.outputs)
+    if not (settings.eval_windows and opened.tokenizer and predicts and shape):
         return [], ""
     windows, description = text_windows(
         settings.eval_text,
         "evaluation",
         opened.tokenizer,
-        settings.seq_len,
+        shape[-1],
         settings.eval_windows,
         settings.bos,
     )
-    return windows.feeds(inputs), description
+    return windows.feeds(graph.inputs), description
 
 
 def _summary(

@@ -102,6 +102,7 @@ def _simplify(model: ir.Model) -> int:
         output_size_limit=_FOLD_ELEMENTS,
         should_fold=_should_fold,
     )
+    _forget_dead_branches(graph)
     for clean in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(size_limit=_FOLD_ELEMENTS),
@@ -116,6 +117,17 @@ def _simplify(model: ir.Model) -> int:
             value.shape = shape_of(value.const_value)
     common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
     return changes + before - graph.num_nodes()
+
+
+def _forget_dead_branches(graph: ir.Graph) -> None:
+    """Folding an If leaves nodes of the branch not taken among the users of what it read."""
+    alive = {graph, *graph.subgraphs()}
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [value for node in graph for value in node.outputs]
+    for value in values:
+        for user, index in list(value.uses()):
+            if user.graph not in alive:
+                user.replace_input_with(index, None)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

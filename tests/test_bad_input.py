@@ -38,11 +38,12 @@ def graph(
     x: Shape | None = None,
     dtype: int = FLOAT,
     name: str = "x",
+    result: str = "y",
     constants: dict[str, NDArray[Any]] | None = None,
     tensors: list[TensorProto] | None = None,
     output: int = FLOAT,
 ) -> bytes:
-    """A model of ``name`` → y; by default y = Relu(x · w) of shape [1, 4]."""
+    """A model of ``name`` → ``result``; by default y = Relu(x · w) of shape [1, 4]."""
     arrays = {"w": WEIGHT} if constants is None else constants
     if not nodes:
         nodes = (
@@ -54,7 +55,7 @@ def graph(
         nodes,
         "g",
         [helper.make_tensor_value_info(name, dtype, x or [1, 4])],
-        [helper.make_tensor_value_info("y", output, None)],
+        [helper.make_tensor_value_info(result, output, None)],
         [*initializers, *(tensors or [])],
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]
@@ -77,10 +78,16 @@ def external(**entries: str) -> bytes:
 
 
 def token_model() -> bytes:
-    """y = table[input_ids], a text model without a tokenizer."""
-    lookup = node("Gather", "table", "input_ids")
-    table = {"table": np.ones((300, 4), np.float32)}
-    return graph(lookup, x=[1, "tokens"], dtype=INT64, name="input_ids", constants=table)
+    """logits = table[input_ids], a text model without a tokenizer."""
+    lookup = node("Gather", "table", "input_ids", out="logits")
+    return graph(
+        lookup,
+        x=[1, "tokens"],
+        dtype=INT64,
+        name="input_ids",
+        result="logits",
+        constants={"table": np.ones((300, 4), np.float32)},
+    )
 
 
 def npz(folder: Path, **arrays: NDArray[Any]) -> None:
