@@ -19,6 +19,8 @@ from qnpu.compiler.graph_edit import name_of, static_shape, subgraph_proto
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 SEGMENT_BYTES = 64 * 2**20
+_CROSSING_BYTES = 16 * 2**20
+_MOST_LIMITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,9 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
     """Cuts a topologically sorted graph so that each segment's outputs fit ``limit`` bytes.
 
     Between half the limit and the limit, the cut is where the fewest bytes cross: between decoder
-    layers rather than within an attention. A single node may exceed the limit. Dimensions that are
+    layers rather than within an attention. What crosses is held for all batches, so a segment goes
+    past the limit, eightfold at most, rather than have more than 16 MiB cross (logits between
+    MatMul, QuantizeLinear and DequantizeLinear). A single node may exceed it. Dimensions that are
     not static count as one. A weight is dequantized in every segment that uses it, rather than
     carried there as float.
     """
@@ -67,7 +71,8 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
         held, best = 0, start
         for index in range(start, len(nodes)):
             held += sum(_bytes(v) for v in nodes[index].outputs)
-            if held > limit and index > start:
+            full = held > limit and crossing[best] <= _CROSSING_BYTES
+            if index > start and (full or held > limit * _MOST_LIMITS):
                 break
             if held <= limit // 2 or crossing[index] <= crossing[best]:
                 best = index
