@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.graph_edit import register_tensor, static_shape
+from qnpu.compiler.graph_edit import name_of, register_tensor, static_shape
 from qnpu.runtime_check.segments import SegmentRunner, cut_segments
 from qnpu.runtime_check.session import Feeds, open_session
 from tests.conftest import Array, normal, parse, run_model
@@ -156,3 +156,18 @@ def test_four_bit_constants_cross_into_a_segment() -> None:
     steps = list(SegmentRunner(model, [{"x": ones}], limit=1).stream({"y"}))
     assert [segment.takes for segment in cut_segments(model.graph, 1)][1] == (product.inputs[0],)
     assert steps[-1].values["y"].tolist() == [4.0, -3.5, -1.5]
+
+
+def test_a_large_tensor_is_not_cut_off_from_its_use() -> None:
+    """20 MB made and used up at once; a limit of 64 bytes would cut around each node."""
+    model = parse(
+        """
+        g (float[1, 4] x) => (float[1, 1] y)
+        <int64[2] wide = {1250000, 4}, int64[2] axes = {0, 1}>
+        { a = Neg(x)  b = Expand(a, wide)  c = Neg(b)  y = ReduceMax(c, axes) }
+        """
+    )
+    segments = cut_segments(model.graph, 64)
+    taken = {name_of(value) for segment in segments for value in segment.takes}
+    assert {"b", "c"}.isdisjoint(taken)
+    assert len(segments) > 1
