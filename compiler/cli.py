@@ -292,6 +292,8 @@ def _summary(
 
 def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
     table = Table(title=f"{name} → {scheme}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path or name that is cut short is of no use
     for label, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {label}", f"{value:.3f}")
     if {"float", "qdq"} <= set(summary["perplexity"]):

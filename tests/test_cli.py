@@ -1,0 +1,274 @@
+"""The four commands as a user runs them: help, JSON, configuration, exit codes, equal files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qnpu.compiler.rules import all_rules
+from tests.commands import BIN, Done, call, snapshot
+from tests.test_bad_input import CALIBRATION, GOOD, graph, node, put
+
+COMMANDS = ("qnpu-compile", "qnpu-export", "qnpu-eval", "qnpu-check")
+OUTPUTS = {"model.qdq.onnx", "encodings.json", "bit_plan.json", "report.json"}
+TOKENS = "16"
+TINY = ["tiny.onnx", "--seq-len", TOKENS, "--calib-windows", "2", "--eval-windows", "2", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built-in tiny model, exported by the command, and its result in ``out``."""
+    folder = tmp_path_factory.mktemp("home")
+    options = ["--seq-len", TOKENS, "--out", "tiny.onnx", "--quiet", "--json"]
+    exported = call("qnpu-export", "tiny", *options, folder=folder)
+    assert exported.exit_code == 0, exported.stderr
+    assert json.loads(exported.stdout)["out"] == "tiny.onnx"
+    done = call("qnpu-compile", *TINY, "--out", "out", "--json", folder=folder)
+    assert done.exit_code == 0, done.stderr
+    (folder / "stdout.json").write_text(done.stdout)
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+    return result
+
+
+# -------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_in_reasonable_time(command: str, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    done = call(command, "--help", folder=tmp_path, COLUMNS="100")
+    assert done.exit_code == 0
+    assert time.perf_counter() - started < 10  # about 1 s; 10 on a machine that does much else
+    assert done.stderr == ""
+    assert "Examples" in done.stdout
+    assert f"$ {command} " in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, qnpu.compiler.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_wrong_use(command: str, tmp_path: Path) -> None:
+    done = call(command, "--frobnicate", folder=tmp_path)
+    assert done.exit_code == 2
+    assert "--frobnicate" in done.stderr
+    assert done.stdout == ""
+
+
+# ----------------------------------------------------------------------------------- qnpu-compile
+
+
+def test_json_is_complete(home: Path) -> None:
+    result = json.loads((home / "stdout.json").read_text())
+    assert set(result["outputs"]) == OUTPUTS - {"report.json"}
+    for name, entry in result["outputs"].items():
+        assert entry["bytes"] == (home / "out" / name).stat().st_size
+        assert entry["sha256"] == snapshot(home / "out")[name]
+    assert set(result["perplexity"]) == {"float", "qdq"}
+    assert result["perplexity"]["qdq"] / result["perplexity"]["float"] < 1.01
+    assert result["seconds"]["total"] > result["seconds"]["compile"] > 0
+    assert result["peak_rss_bytes"] > 2**26
+    assert "2 x 16 tokens" in result["calibration"]
+    assert "help topics, evaluation" in result["evaluation"]
+    assert result["source_error"] < 1e-5
+    assert result["lowest_sqnr_db"]
+
+
+def test_the_report_tells_how_it_was_made(home: Path) -> None:
+    result = report(home / "out")
+    assert result["config"]["seq_len"] == 16
+    assert result["config"]["scheme"] == "w8a16"
+    assert result["input"]["sha256"] == snapshot(home)["tiny.onnx"]
+    assert {"qnpu", "numpy", "onnx", "onnxruntime"} <= set(result["versions"])
+    assert set(snapshot(home / "out")) == OUTPUTS
+
+
+def test_quiet_prints_the_result_alone(home: Path, tmp_path: Path) -> None:
+    done = call("qnpu-compile", *_in(home), "--out", tmp_path / "out", folder=home)
+    assert done.exit_code == 0
+    assert "%" not in done.stderr
+    assert "perplexity, qdq" in done.stdout
+    cells = [line.strip("│\n").split("│")[-1].strip() for line in done.stdout.splitlines()]
+    assert str(tmp_path / "out" / "model.qdq.onnx") in "".join(cells)
+
+
+def test_progress_goes_to_standard_error(home: Path, tmp_path: Path) -> None:
+    options = [option for option in TINY if option != "--quiet"]
+    out = tmp_path / "out"
+    done = call("qnpu-compile", *options, "--out", out, "--json", folder=home)
+    assert "calibrate" in done.stderr
+    assert set(json.loads(done.stdout)["outputs"]) == OUTPUTS - {"report.json"}
+
+
+def test_options_win_over_the_configuration(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        'scheme = "w4a16"\nseq_len = 16\ncalib_windows = 3\neval_windows = 0\nmask_value = -40\n'
+    )
+    options = ["--config", str(tmp_path / "c.toml"), "--calib-windows", "1", "--quiet", "--json"]
+    done = call("qnpu-compile", "tiny.onnx", *options, "--out", tmp_path / "out", folder=home)
+    assert done.exit_code == 0, done.stderr
+    config = report(tmp_path / "out")["config"]
+    assert (config["scheme"], config["calib_windows"], config["mask_value"]) == ("w4a16", 1, -40)
+    assert json.loads(done.stdout)["perplexity"] == {}
+
+
+def test_the_same_command_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    """From another folder, with another hash seed, other environment and a file already there."""
+    for name in ("tiny.onnx", "tiny.onnx.data", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / name, tmp_path)
+    for seed in ("1", "2"):  # the second time over its own result
+        done = call(
+            "qnpu-compile",
+            *TINY,
+            "--out",
+            "out",
+            "--json",
+            folder=tmp_path,
+            PYTHONHASHSEED=seed,
+            LC_ALL="C",
+            TZ="Asia/Tokyo",
+        )
+        assert done.exit_code == 0, done.stderr
+        assert snapshot(tmp_path / "out") == snapshot(home / "out")
+
+
+def test_the_same_export_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    options = ["--seq-len", TOKENS, "--out", "tiny.onnx", "--quiet", "--json"]
+    assert call("qnpu-export", "tiny", *options, folder=tmp_path, PYTHONHASHSEED="3").exit_code == 0
+    made = snapshot(tmp_path)
+    assert {name: snapshot(home)[name] for name in made} == made
+
+
+def test_an_edited_result_is_not_replaced(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "out", tmp_path / "out")
+    (tmp_path / "out" / "encodings.json").write_text("{}")
+    done = call("qnpu-compile", *_in(home), "--out", tmp_path / "out", folder=home)
+    assert done.codes == ["QN902"]
+    assert (tmp_path / "out" / "encodings.json").read_text() == "{}"
+
+
+def _in(home: Path) -> list[str]:
+    return [str(home / TINY[0]), *TINY[1:]]
+
+
+# ------------------------------------------------------------------------------------ qnpu-export
+
+
+def test_export_replaces_a_file_only_by_force(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.onnx").write_text("mine")
+    command = ["qnpu-export", "tiny", "--seq-len", TOKENS, "--out", "tiny.onnx", "--quiet"]
+    refused = call(*command, folder=tmp_path)
+    assert (refused.exit_code, refused.codes) == (1, ["QN902"])
+    assert snapshot(tmp_path).keys() == {"tiny.onnx"}
+    assert (tmp_path / "tiny.onnx").read_text() == "mine"
+    forced = call(*command, "--force", folder=tmp_path)
+    assert forced.exit_code == 0, forced.stderr
+    assert "wrote tiny.onnx" in forced.stdout
+    assert snapshot(tmp_path)["tiny.onnx"] == snapshot(home)["tiny.onnx"]
+
+
+# -------------------------------------------------------------------------------------- qnpu-eval
+
+
+def test_all_modes_agree_on_a_float_file(home: Path) -> None:
+    """A float graph has no Q/DQ to fuse: only the order of sums differs, 1e-4 of perplexity."""
+    values = []
+    for mode in ("reference", "optimized", "stock"):
+        options = ["--window", TOKENS, "--windows", "2", "--mode", mode, "--quiet", "--json"]
+        done = call("qnpu-eval", "tiny.onnx", *options, folder=home)
+        assert done.exit_code == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["mode"] == mode
+        assert result["tokens"] == 30
+        assert len(result["nll"]) == 2
+        assert result["perplexity"] == pytest.approx(np.exp(np.mean(result["nll"])), rel=1e-6)
+        values.append(result["perplexity"])
+    np.testing.assert_allclose(values, values[0], rtol=1e-4)
+
+
+def test_eval_repeats_what_compile_measured(home: Path) -> None:
+    options = ["--window", TOKENS, "--windows", "2", "--tokenizer", "tiny", "--json", "--quiet"]
+    done = call("qnpu-eval", "out/model.qdq.onnx", *options, folder=home)
+    assert done.exit_code == 0, done.stderr
+    measured = json.loads(done.stdout)["perplexity"]
+    compiled = json.loads((home / "stdout.json").read_text())["perplexity"]["qdq"]
+    assert measured == pytest.approx(compiled, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------- qnpu-check
+
+
+def test_check_passes_both_forms(home: Path) -> None:
+    for path, kind in (("tiny.onnx", "float"), ("out/model.qdq.onnx", "QDQ")):
+        done = call("qnpu-check", path, "--json", folder=home)
+        assert done.exit_code == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert (result["kind"], result["diagnostics"]) == (kind, [])
+        assert result["nodes"] > 10
+
+
+def test_check_lists_all_faults_and_exits_with_1(tmp_path: Path) -> None:
+    put(graph(node("Frobnicate", "x", out="a"), node("Relu", "a"), x=["rows", 4]))(tmp_path)
+    done = call("qnpu-check", "model.onnx", "--json", folder=tmp_path)
+    assert done.exit_code == 1
+    assert done.codes == ["QN101", "QN106"]
+    found = json.loads(done.stdout)["diagnostics"]
+    assert [item["code"] for item in found] == ["QN101", "QN106"]
+    assert {"code", "name", "severity", "message", "help", "location"} <= found[0].keys()
+
+
+def test_check_without_arguments_is_wrong_use(tmp_path: Path) -> None:
+    for arguments in ([], ["--explain", "QN000"]):
+        done = call("qnpu-check", *arguments, folder=tmp_path)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr
+
+
+@pytest.mark.parametrize("code", ["QN101", "qn902", all_rules()[-1].code])
+def test_explain(code: str, tmp_path: Path) -> None:
+    done = call("qnpu-check", "--explain", code, folder=tmp_path)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(code.upper())
+    for section in ("What it checks", "Why it matters", "Example", "How to fix"):
+        assert section in done.stdout
+
+
+# ------------------------------------------------------------------------------------ the terminal
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    done = _shell(f"{BIN / 'qnpu-check'} --explain QN101 | head -c 5", tmp_path)
+    assert (done.exit_code, done.stdout) == (0, "QN101")
+    assert done.stderr == ""
+
+
+def test_a_terminal_without_unicode(tmp_path: Path) -> None:
+    GOOD(tmp_path)
+    CALIBRATION(tmp_path)
+    command = ["qnpu-compile", "model.onnx", "--calib", "data.npz", "--scheme", "w8a8"]
+    done = call(*command, folder=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.exit_code == 0, done.stderr
+    assert "w8a8" in done.stdout
+
+
+def _shell(line: str, folder: Path) -> Done:
+    done = subprocess.run(
+        ["sh", "-c", line], check=False, cwd=folder, capture_output=True, text=True
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
