@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -37,8 +38,11 @@ def _run(app: str) -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     # ONNX Runtime would report its use to Microsoft, and keep a database of that under ~/.cache.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    gc.disable()  # the imports make no garbage; to look for some takes a third of their time
     from qnpu.compiler import cli  # noqa: PLC0415
 
+    gc.freeze()
+    gc.enable()
     getattr(cli, app)()
 
 

