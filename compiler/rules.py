@@ -833,6 +833,36 @@ class InvalidConfig(Rule):
         See ``--help`` for names and forms.
     """
 
+@dataclass(frozen=True, slots=True)
+class UnreadableEncodings(Rule):
+    """What it checks
+        An AIMET or QNN encodings file (version 0.6.1, 1.0.0 or 2.0.0) holds integer encodings of
+        the graph's tensors, one per tensor, each in the words of its version.
+
+    Why it matters
+        A vendor's tool guesses at what it cannot read, and calibrates the tensor anew.
+
+    Example
+        ```json
+        {"version": "2.0.0", "encodings": [{"name": "x", "bw": 8, "y_scale": 0.1}]}
+        ```
+
+    How to fix
+        Export the file again for this graph; never mix the keys of two versions.
+    """
+
+    code: ClassVar[str] = "QN306"
+    name: ClassVar[str] = "unreadable-encodings"
+    place: str
+    reason: str
+
+    def message(self) -> str:
+        return f"encodings: `{self.place}` {self.reason}"
+
+    def help(self) -> str:
+        return "export the encodings again, for this graph and in one version"
+
+
     code: ClassVar[str] = "QN503"
     name: ClassVar[str] = "invalid-config"
     key: str
