@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -108,6 +109,59 @@ def last_dimension(value: ir.Value | None) -> int | None:
     """Elements along the last axis, or None where that is not static; the others may be dynamic."""
     size = value.shape[-1] if value is not None and value.shape else None
     return size if isinstance(size, int) else None
+
+
+class NodeBuilder:
+    """Makes the nodes that take the place of one; names start with that node's."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self._nodes: list[ir.Node] = []
+        self._graph = graph
+        self._node = node
+        self._name = name_of(node) or name_of(node.outputs[0])
+
+    def add(
+        self, op_type: str, inputs: Sequence[ir.Value | None], label: str, **attributes: Any
+    ) -> ir.Value:
+        """One node of the default domain with one output; shape and type are left to inference."""
+        return self.add_many(op_type, inputs, [label], **attributes)[0]
+
+    def add_many(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        labels: Sequence[str],
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """One node of the default domain, an output for each label."""
+        names = [f"{self._name}_{label}" for label in labels]
+        node = ir.node(op_type, inputs, attributes or None, num_outputs=len(labels), name=names[0])
+        for value, name in zip(node.outputs, names, strict=True):
+            value.name = name
+        self._nodes.append(node)
+        return list(node.outputs)
+
+    def constant(self, label: str, array: NDArray[Any]) -> ir.Value:
+        """An initializer."""
+        return add_initializer(self._graph, f"{self._name}_{label}", array)
+
+    def integers(self, label: str, *numbers: int) -> ir.Value:
+        """A 1-D int64 initializer: a shape, lengths, axes."""
+        return self.constant(label, np.array(numbers, np.int64))
+
+    def replace(self, *results: ir.Value | None) -> None:
+        """Puts the new nodes in the old one's place, and each result in that of its output.
+
+        Args:
+            results: in the order of the outputs; None, or none at all, for an output not in use.
+        """
+        self._graph.insert_before(self._node, self._nodes)
+        for old, new in zip(self._node.outputs, results, strict=False):
+            if new is not None:
+                if new.type is None:
+                    new.type, new.shape = old.type, old.shape
+                replace_value(self._graph, old, new)
+        self._graph.remove(self._node, safe=True)
 
 
 def subgraph_proto(

@@ -31,6 +31,8 @@ from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.passes.canonicalize import Canonicalize
 from qnpu.passes.canonicalize_mask import CanonicalizeMask
+from qnpu.passes.decompose_attention import DecomposeAttention
+from qnpu.passes.decompose_contrib import DecomposeContrib
 from qnpu.passes.decompose_rotary import DecomposeRotary
 from qnpu.passes.fold_affine import FoldAffine
 from qnpu.passes.fold_norm_scale import FoldNormScale
@@ -56,7 +58,9 @@ def canonical_passes(config: CompileConfig) -> list[Pass]:
     return [
         FreezeShapes(config.freeze_dims, config.seq_len, keep_inputs=config.keep_inputs),
         Canonicalize(),
+        DecomposeContrib(),
         FoldAffine(),
+        DecomposeAttention(),
         FuseNormalization(),
         DecomposeRotary(),
         CanonicalizeMask(config.mask_value),

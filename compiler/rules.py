@@ -496,6 +496,41 @@ class GraphDoesNotRun(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class UnsupportedOperatorForm(Rule):
+    """What it checks
+        Each operator of ONNX Runtime's own domain has a form that standard operators can express:
+        float weights, no option that changes the softmax, lengths known at compile time.
+
+    Why it matters
+        A decomposition that leaves an option out would compute something else.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1, 32] x) => (float[1, 1] y)
+        <uint8[1, 1, 16] w = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, float[1] s = {1}>
+        { y = com.microsoft.MatMulNBits<K: int = 32, N: int = 1, bits: int = 4,
+                                        block_size: int = 32>(x, w, s) }
+        ```
+
+    How to fix
+        Export a float model without the option that the message names; with the model builder of
+        onnxruntime-genai: ``-p fp32 -e cpu``.
+    """
+
+    code: ClassVar[str] = "QN117"
+    name: ClassVar[str] = "unsupported-operator-form"
+    operator: str
+    reason: str
+
+    def message(self) -> str:
+        return f"`{self.operator}` cannot be taken apart: {self.reason}"
+
+    def help(self) -> str:
+        return "export a float model without it; the onnxruntime-genai builder: -p fp32 -e cpu"
+
+
+@dataclass(frozen=True, slots=True)
 class StreamNotRotated(Rule):
     """What it checks
         The residual stream can be rotated: embeddings and linears write to it, norms followed by

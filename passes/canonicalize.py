@@ -70,7 +70,7 @@ class Canonicalize(Pass):
         changes = int(bool(common.InlinePass()(model).modified))
         changes += int(bool(common.RemoveInitializersFromInputsPass()(model).modified))
         _raise_any(unknown_operators(model))
-        changes += _raise_opset(model)
+        changes += raise_opset(model)
         _name_nodes(model.graph)
         for _ in range(_MAX_ROUNDS):
             round_changes = _simplify(model)
@@ -140,7 +140,8 @@ def _raise_any(faults: list[Diagnostic]) -> None:
         raise DiagnosticError(faults)
 
 
-def _raise_opset(model: ir.Model) -> int:
+def raise_opset(model: ir.Model) -> int:
+    """To opset 23; returns 1 where it was lower. Raises DiagnosticError: QN112."""
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return 0

@@ -8,16 +8,20 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import (
+    NodeBuilder,
     add_initializer,
     constant_array,
     name_of,
-    replace_value,
     static_shape,
 )
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+
+Tables = dict[tuple[str, int, bool], ir.Value]
+"""A table made ready, by its name, its width, and whether it is for pairs side by side."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,11 @@ class DecomposeRotary(Pass):
         x1, x2 = Split(x)
         Concat(x1·cos - x2·sin, x2·cos + x1·sin)
 
+    Interleaved, where x1 and x2 lie side by side, x is first seen as (B, H, S·D/2, 2).
     Dimensions past ``rotary_embedding_dim`` pass through unchanged.
 
-    Must not fire on an interleaved rotation, a 3-D input, or tables that are computed or indexed
-    by position ids at run time. Source: ONNX RotaryEmbedding-23; HTP runs the operator in float.
+    Must not fire on a 3-D input, or tables that are computed or indexed by position ids at run
+    time. Source: ONNX RotaryEmbedding-23; HTP runs the operator in float.
     """
 
     name: ClassVar[str] = "decompose-rotary"
@@ -43,11 +48,14 @@ class DecomposeRotary(Pass):
 
     def run(self, compilation: Compilation) -> int:
         graph = compilation.graph
-        tables: dict[tuple[str, int], ir.Value] = {}
-        return sum(_decompose(graph, node, tables) for node in list(graph))
+        tables: Tables = {}
+        count = sum(_decompose(graph, node, tables) for node in list(graph))
+        if count:
+            common.ShapeInferencePass(strict_mode=False, check_type=False)(compilation.model)
+        return count
 
 
-def _decompose(graph: ir.Graph, node: ir.Node, tables: dict[tuple[str, int], ir.Value]) -> int:
+def _decompose(graph: ir.Graph, node: ir.Node, tables: Tables) -> int:
     if node.op_type != "RotaryEmbedding" or not is_standard(node):
         return 0
     source, cos, sin, *positions = node.inputs
@@ -55,56 +63,71 @@ def _decompose(graph: ir.Graph, node: ir.Node, tables: dict[tuple[str, int], ir.
         return 0
     shape = static_shape(source)
     cos_array, sin_array = constant_array(cos), constant_array(sin)
-    interleaved = node.attributes.get_int("interleaved", 0)
-    if shape is None or len(shape) != 4 or interleaved or cos_array is None or sin_array is None:
+    if shape is None or len(shape) != 4 or cos_array is None or sin_array is None:
         return 0
-    width = shape[-1]
-    rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
-    half = rotated // 2
-    cos_row = _table(graph, cos, cos_array, half, tables)
-    sin_row = _table(graph, sin, sin_array, half, tables)
-
-    build = _Builder(graph, node, source)
-    sizes = [half, half] + ([width - rotated] if width > rotated else [])
-    lengths = add_initializer(graph, f"{build.name}_split", np.array(sizes, np.int64))
-    first, second, *rest = build.emit("Split", [source, lengths], sizes, {"axis": -1})
-    products = [
-        build.emit("Mul", [x, table], [half])[0]
-        for x, table in ((first, cos_row), (second, sin_row), (second, cos_row), (first, sin_row))
-    ]
-    turned = build.emit("Sub", products[:2], [half])
-    turned += build.emit("Add", products[2:], [half])
-    (result,) = build.emit("Concat", [*turned, *rest], [width], {"axis": -1})
-    graph.insert_before(node, build.nodes)
-    replace_value(graph, node.outputs[0], result)
-    graph.remove(node, safe=True)
+    pairs = bool(node.attributes.get_int("interleaved", 0))
+    rotated = node.attributes.get_int("rotary_embedding_dim", 0) or shape[-1]
+    cos_row = _table(graph, cos, cos_array, rotated // 2, pairs, tables)
+    sin_row = _table(graph, sin, sin_array, rotated // 2, pairs, tables)
+    build = NodeBuilder(graph, node)
+    if pairs:
+        result = _turn_pairs(build, source, shape, rotated, cos_row, sin_row)
+    else:
+        result = _turn_halves(build, source, shape, rotated, cos_row, sin_row)
+    build.replace(result)
     return 1
 
 
-class _Builder:
-    """Makes nodes whose outputs differ from the source only in their last dimension."""
+def _turn_halves(
+    build: NodeBuilder,
+    source: ir.Value,
+    shape: tuple[int, ...],
+    rotated: int,
+    cos: ir.Value,
+    sin: ir.Value,
+) -> ir.Value:
+    half, rest = rotated // 2, shape[-1] - rotated
+    lengths = build.integers("split", half, half, *([rest] if rest else []))
+    labels = ["first", "second", *(["rest"] if rest else [])]
+    first, second, *kept = build.add_many("Split", [source, lengths], labels, axis=-1)
+    return build.add("Concat", [*_turn(build, first, second, cos, sin), *kept], "turned", axis=-1)
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:
-        self.nodes: list[ir.Node] = []
-        self.name = node.outputs[0].name or "rotary"
-        self._source = source
-        self._lead = (static_shape(source) or ())[:-1]
 
-    def emit(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        widths: list[int],
-        attributes: dict[str, int] | None = None,
-    ) -> list[ir.Value]:
-        label = f"{self.name}_rotary_{len(self.nodes)}"
-        node = ir.node(op_type, inputs, attributes, num_outputs=len(widths), name=label)
-        for index, (value, width) in enumerate(zip(node.outputs, widths, strict=True)):
-            value.name = f"{label}_{index}"
-            value.type = self._source.type
-            value.shape = ir.Shape((*self._lead, width))
-        self.nodes.append(node)
-        return list(node.outputs)
+def _turn_pairs(
+    build: NodeBuilder,
+    source: ir.Value,
+    shape: tuple[int, ...],
+    rotated: int,
+    cos: ir.Value,
+    sin: ir.Value,
+) -> ir.Value:
+    batch, heads, tokens, width = shape
+    kept: list[ir.Value] = []
+    if width > rotated:
+        lengths = build.integers("split", rotated, width - rotated)
+        source, *kept = build.add_many("Split", [source, lengths], ["front", "rest"], axis=-1)
+    columns = build.integers("pairs_shape", batch, heads, tokens * (rotated // 2), 2)
+    pairs = build.add("Reshape", [source, columns], "pairs")
+    one_each = build.integers("pair", 1, 1)
+    first, second = build.add_many("Split", [pairs, one_each], ["first", "second"], axis=-1)
+    turned = build.add("Concat", _turn(build, first, second, cos, sin), "turned_pairs", axis=-1)
+    rows = build.integers("turned_shape", batch, heads, tokens, rotated)
+    result = build.add("Reshape", [turned, rows], "turned")
+    return build.add("Concat", [result, *kept], "whole", axis=-1) if kept else result
+
+
+def _turn(
+    build: NodeBuilder, first: ir.Value, second: ir.Value, cos: ir.Value, sin: ir.Value
+) -> list[ir.Value]:
+    real = (
+        build.add("Mul", [first, cos], "first_cos"),
+        build.add("Mul", [second, sin], "second_sin"),
+    )
+    other = (
+        build.add("Mul", [second, cos], "second_cos"),
+        build.add("Mul", [first, sin], "first_sin"),
+    )
+    return [build.add("Sub", real, "turned_first"), build.add("Add", other, "turned_second")]
 
 
 def _table(
@@ -112,10 +135,14 @@ def _table(
     value: ir.Value,
     array: NDArray[np.generic],
     half: int,
-    tables: dict[tuple[str, int], ir.Value],
+    pairs: bool,
+    tables: Tables,
 ) -> ir.Value:
-    """The table with a head axis, (1, 1, S, half); one copy for all nodes that use it."""
-    key = (name_of(value), half)
+    """The table with a head axis, (1, 1, S, half), or (1, 1, S·half, 1); one copy for all nodes."""
+    key = (name_of(value), half, pairs)
     if key not in tables:
-        tables[key] = add_initializer(graph, f"{value.name}_row", array[:, None, :, :half])
+        row = array[:, None, :, :half]
+        if pairs:
+            row = row.reshape(len(array), 1, -1, 1)
+        tables[key] = add_initializer(graph, f"{value.name}_row", row)
     return tables[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qnpu.compiler.graph_edit import static_shape
 from qnpu.passes.decompose_rotary import DecomposeRotary
 from tests.conftest import (
     apply,
@@ -37,14 +38,14 @@ def test_golden() -> None:
          float[1, 1, 2, 2] sin_row = {0.1, 0.2, 0.3, 0.4},
          int64[2] y_split = {2, 2}>
         {
-            y_rotary_0_0, y_rotary_0_1 = Split<axis: int = -1>(x, y_split)
-            y_rotary_1_0 = Mul(y_rotary_0_0, cos_row)
-            y_rotary_2_0 = Mul(y_rotary_0_1, sin_row)
-            y_rotary_3_0 = Mul(y_rotary_0_1, cos_row)
-            y_rotary_4_0 = Mul(y_rotary_0_0, sin_row)
-            y_rotary_5_0 = Sub(y_rotary_1_0, y_rotary_2_0)
-            y_rotary_6_0 = Add(y_rotary_3_0, y_rotary_4_0)
-            y = Concat<axis: int = -1>(y_rotary_5_0, y_rotary_6_0)
+            y_first, y_second = Split<axis: int = -1>(x, y_split)
+            y_first_cos = Mul(y_first, cos_row)
+            y_second_sin = Mul(y_second, sin_row)
+            y_second_cos = Mul(y_second, cos_row)
+            y_first_sin = Mul(y_first, sin_row)
+            y_turned_first = Sub(y_first_cos, y_second_sin)
+            y_turned_second = Add(y_second_cos, y_first_sin)
+            y = Concat<axis: int = -1>(y_turned_first, y_turned_second)
         }
         """,
         count=1,
@@ -53,13 +54,21 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize(
     ("attributes", "width"),
-    [("", 4), ("<rotary_embedding_dim: int = 4>", 4), ("<rotary_embedding_dim: int = 4>", 6)],
+    [
+        ("", 4),
+        ("<rotary_embedding_dim: int = 4>", 4),
+        ("<rotary_embedding_dim: int = 4>", 6),
+        ("<interleaved: int = 1>", 4),
+        ("<interleaved: int = 1, rotary_embedding_dim: int = 4>", 6),
+    ],
 )
 def test_numbers_stay(attributes: str, width: int) -> None:
     model = parse(rotary(attributes, width=width))
     x = normal(1, 3, 2, width)
     expected = run_model(model, {"x": x})[0]
     assert apply(DecomposeRotary(), model) == 1
+    assert "RotaryEmbedding" not in {node.op_type for node in model.graph}
+    assert all(static_shape(value) for node in model.graph for value in node.outputs)
     assert relative_error(run_model(model, {"x": x})[0], expected) <= 2e-7
 
 
@@ -78,7 +87,6 @@ def test_two_rotations_share_their_tables() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        rotary("<interleaved: int = 1>"),
         # three dimensions
         f"""
         r (float[1, 2, 4] x) => (float[1, 2, 4] y) {TABLES}
