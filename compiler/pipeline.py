@@ -57,10 +57,10 @@ def canonical_passes(config: CompileConfig) -> list[Pass]:
     """Every pass that brings a float graph into the one form that later passes know."""
     return [
         FreezeShapes(config.freeze_dims, config.seq_len, keep_inputs=config.keep_inputs),
-        Canonicalize(),
         DecomposeContrib(),
-        FoldAffine(),
+        Canonicalize(),
         DecomposeAttention(),
+        FoldAffine(),
         FuseNormalization(),
         DecomposeRotary(),
         CanonicalizeMask(config.mask_value),
