@@ -3,6 +3,7 @@
     python bench/schemes.py                                     # what `make demo` runs
     python bench/schemes.py --schemes w8a16,w8a8,w4a16,w4a8 \\
         --calib wiki.valid.tokens --text wiki.test.raw --windows 40 --bos none
+    python bench/schemes.py --schemes w8a8 --down-bits 8 --online r4
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def main(
     text: Annotated[str, typer.Option(help="To evaluate on. Default: the built-in text.")] = "",
     windows: Annotated[int, typer.Option(help="Windows to evaluate on.")] = 8,
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "auto",
+    rotate: Annotated[bool, typer.Option(help="Fuse R1 and R2 into the weights.")] = True,
+    online: Annotated[str, typer.Option(help="Rotations to run online: r3, r4 or r3,r4.")] = "",
+    down_bits: Annotated[int, typer.Option(help="Inputs of down projections: 8 or 16.")] = 16,
 ) -> None:
     """Export once, compile under each scheme, print one table."""
     console = Console(soft_wrap=True)
@@ -44,6 +48,8 @@ def main(
         console.print(f"compiling to {scheme}")
         options = ["--scheme", scheme, "--out", str(out / scheme), "--seq-len", str(seq_len)]
         options += ["--eval-windows", str(windows), "--bos", bos, "--json"]
+        options += ["--rotate" if rotate else "--no-rotate", "--online", online]
+        options += ["--down-bits", str(down_bits)]
         options += ["--calib", calib] if calib else []
         options += ["--eval-text", text] if text else []
         rows[scheme] = _run(["qnpu-compile", source, *options])

@@ -112,6 +112,10 @@ def _compile(
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Fuse rotations into a decoder's weights."),
     ] = None,
+    online: Annotated[
+        str | None,
+        typer.Option(help="Rotations to run online: r3 (queries, keys), r4 (down inputs), r3,r4."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the rotations. Default: 0.")] = None,
     explain_topology: Annotated[
         bool, typer.Option("--explain-topology", help="Print the decoder as found, and stop.")
@@ -163,6 +167,7 @@ def _compile(
         "range_method": range_method,
         "down_bits": down_bits,
         "rotate": rotate,
+        "online": tuple(online.split(",") if online else ()) if online is not None else None,
         "seed": seed,
         "mask_value": mask_value,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,

@@ -30,6 +30,8 @@ class CompileConfig:
         seq_len: tokens per run of the graph.
         range_method: how activation ranges are taken from data.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
+        online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
+            projections).
         mask_value: constant that replaces minus infinity in attention masks, real.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
@@ -50,6 +52,7 @@ class CompileConfig:
     seq_len: int = 512
     range_method: str = RangeMethod.MSE.value
     rotate: bool = True
+    online: tuple[str, ...] = ()
     mask_value: float = -50.0
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()
@@ -68,6 +71,8 @@ class CompileConfig:
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
+        for rotation in self.online:
+            _check_choice("online", rotation, ["r3", "r4"])
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
@@ -103,7 +108,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in kinds:
             known = ", ".join(sorted(kinds))
             _fail(key, f"unknown key; known are {known}", str(path))
-        if key == "keep_inputs":
+        if key in ("keep_inputs", "online"):
             if not isinstance(value, list) or not all(type(v) is str for v in value):
                 _fail(key, "must be a list of names", str(path))
             table[key] = tuple(value)

@@ -96,6 +96,28 @@ def hadamard_factors(order: int) -> tuple[int, ...]:
     return factors
 
 
+def hadamard_pair(order: int) -> tuple[int, int] | None:
+    """(a, b), a·b = order and 2 ≤ a ≤ b, both with Hadamard matrices, of the least a + b.
+
+    (X·A) then (·B) over a row of a·b numbers takes a + b products each, A⊗B as a whole a·b: 1536
+    gives (32, 48). None where no two such factors exist. Builds no matrix.
+    """
+    smaller = (a for a in range(isqrt(order), 1, -1) if order % a == 0)
+    return next(((a, order // a) for a in smaller if _both(a, order // a)), None)
+
+
+def is_scaled_hadamard(matrix: NDArray[np.floating]) -> bool:
+    """Whether a matrix is a Hadamard matrix of order 2 or more times a positive number."""
+    size = len(matrix)
+    if size < 2 or matrix.shape != (size, size):
+        return False
+    scale = np.abs(matrix[0, 0])
+    if not scale > 0 or (np.abs(matrix[0]) != scale).any() or (np.abs(matrix) != scale).any():
+        return False
+    signs = np.sign(matrix).astype(np.float32)  # products of ±1 add up exactly
+    return np.array_equal(signs @ signs.T, size * np.eye(size, dtype=np.float32))
+
+
 def random_hadamard(order: int, seed: int) -> NDArray[np.float64]:
     """diag(±1)·H/√order, orthogonal, with signs drawn from ``PCG64(seed)``.
 
@@ -149,6 +171,10 @@ def rotation_matrix(order: int, seed: int) -> tuple[NDArray[np.float64], bool]:
 
 
 # --- which factors ---
+
+
+def _both(a: int, b: int) -> bool:
+    return has_hadamard(a) and has_hadamard(b)
 
 
 def _is_power_of_two(n: int) -> bool:

@@ -39,6 +39,7 @@ from qnpu.passes.fold_norm_scale import FoldNormScale
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.fuse_normalization import FuseNormalization
 from qnpu.passes.fuse_rotation import FuseRotation
+from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
@@ -72,9 +73,11 @@ def default_passes(
 ) -> list[Pass]:
     """Every pass of a compile, in the order they run."""
     rotations: list[Pass] = [FoldNormScale(), FuseRotation(seed=config.seed)]
+    online: list[Pass] = [InsertHadamard(config.online, config.seed)]
     return [
         *canonical_passes(config),
         *(rotations if config.rotate else []),
+        *(online if config.online else []),
         AssignBitWidths(config.bits_by_role),
         CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
         UnifyEncodings(),

@@ -649,6 +649,46 @@ class NoHadamard(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NotRotatedOnline(Rule):
+    """What it checks
+        What ``--online`` asks for can be done: the scores take transposed keys, a down projection's
+        weight is its own, and a Hadamard matrix of the size is known.
+
+    Why it matters
+        Without R3 keys, and without R4 the inputs of down projections, keep their outliers.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[1, 2, 3] x) => (float[1, 2, 3] y)
+        <float[3, 3] up = {1, 2, 3, 2, 3, 1, 3, 1, 2},
+         float[3, 3] down = {1, 2, 3, 4, 5, 6, 7, 8, 9}>
+        {
+            u = MatMul(x, up)
+            r = Relu(u)
+            d = MatMul(r, down)
+            y = Add(x, d)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong; that tensor stays as it is. Leave its width at 16 bits.
+    """
+
+    code: ClassVar[str] = "QN204"
+    name: ClassVar[str] = "not-rotated-online"
+    severity: ClassVar[Severity] = Severity.WARNING
+    rotation: str
+    reason: str
+
+    def message(self) -> str:
+        return f"online rotation {self.rotation} is left out: {self.reason}"
+
+    def help(self) -> str:
+        return "nothing is wrong; that tensor stays as it is"
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationMismatch(Rule):
     """What it checks
         Calibration arrays have the names, shapes and types of the graph's inputs.

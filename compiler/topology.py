@@ -168,7 +168,7 @@ def linears_behind(value: ir.Value) -> list[Linear] | None:
         linear = as_feature_linear(user)
         if linear is not None:
             found.append(linear)
-        elif _keeps_features(user):
+        elif keeps_features(user):
             behind = linears_behind(user.outputs[0])
             if behind is None:
                 return None
@@ -246,7 +246,7 @@ def _is_embedding(node: ir.Node) -> bool:
     )
 
 
-def _keeps_features(node: ir.Node) -> bool:
+def keeps_features(node: ir.Node) -> bool:
     """Reshape, Identity or the like that keeps every row of the last axis whole."""
     if node.op_type not in ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
         return False
@@ -256,7 +256,7 @@ def _keeps_features(node: ir.Node) -> bool:
     return width is not None and width == last_dimension(node.outputs[0])
 
 
-def _scaled(node: ir.Node) -> ir.Value | None:
+def scaled_source(node: ir.Node) -> ir.Value | None:
     """What a Mul or Div multiplies or divides by a constant scalar; None for any other node."""
     if node.op_type not in ("Mul", "Div") or not is_standard(node):
         return None
@@ -273,7 +273,7 @@ def _is_scalar(value: ir.Value | None) -> bool:
 
 def _passed_on(node: ir.Node) -> ir.Value | None:
     """The value whose features come through, all times one number, or None."""
-    return node.inputs[0] if _keeps_features(node) else _scaled(node)
+    return node.inputs[0] if keeps_features(node) else scaled_source(node)
 
 
 class _StreamSearch:
@@ -470,7 +470,7 @@ def _behind_slice(
         linear = as_feature_linear(node) if node is not None else None
         if linear is not None:
             return linear, columns
-        if node is None or not _keeps_features(node) or node.inputs[0] is None:
+        if node is None or not keeps_features(node) or node.inputs[0] is None:
             return None
         whole = node.inputs[0]
         if len(whole.uses()) > 1:

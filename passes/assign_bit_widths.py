@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +18,21 @@ from qnpu.compiler.op_traits import (
     is_layout_copy,
     is_parameter,
     layout_inputs,
-    normalized_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.quant_types import PerChannel, QuantSpec
+from qnpu.compiler.quant_types import PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.roles import (
+    activations,
+    computing_uses,
+    copies,
+    is_down_projection,
+    is_online_rotation,
+    is_requantize_point,
+    joins_residual,
+)
+
+SIGNS = QuantSpec(8, True, True, PerTensor())
+"""Of the matrix of an online rotation."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class AssignBitWidths(Pass):
     added to another activation (the residual stream) or leaves the graph, and everything else,
     ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
     ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
+    An online rotation (a MatMul by a Hadamard matrix) takes ``other_bits``, since it is there to
+    take what 8 bits cannot hold, and hands out what its consumer asks for; its matrix is signed,
+    8 bits, one scale for all of it, so that its codes are ±1.
     Weights are signed, symmetric, per output channel; the last linear's at ``head_bits``. Biases
     are 32 bits, derived from input and weight. An initializer used in two roles is given a second
     name; the data is not copied.
@@ -82,7 +95,7 @@ class AssignBitWidths(Pass):
         for node, linear in linears.items():
             bits = self.scheme.head_bits if node is head else self.scheme.weight_bits
             weight = QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
-            roles[name_of(linear.weight)] = weight
+            roles[name_of(linear.weight)] = SIGNS if is_online_rotation(linear) else weight
             if linear.bias is not None:
                 roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
         for group in encoding_groups(compilation.graph):
@@ -106,11 +119,13 @@ class _Widths:
         for value in [*graph.inputs, *graph.initializers.values()]:
             if _is_keys_or_values(value):
                 self._bits[value] = scheme.kv_bits
-        for node in linears:
+        for node, linear in linears.items():
             wide = _joins_residual_or_output(node.outputs[0])
             self._bits[node.outputs[0]] = scheme.other_bits if wide else scheme.linear_bits
+            if is_online_rotation(linear):
+                self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
         for node in graph:
-            if _is_requantize_point(node):
+            if is_requantize_point(node):
                 self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
 
     def bits(self, value: ir.Value) -> int:
@@ -133,7 +148,9 @@ class _Widths:
         return count
 
     def _input_bits(self, linear: Linear) -> int:
-        return self._scheme.down_bits if _is_down(linear) else self._scheme.linear_bits
+        if is_online_rotation(linear):
+            return self._scheme.other_bits
+        return self._scheme.down_bits if is_down_projection(linear) else self._scheme.linear_bits
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):
@@ -193,9 +210,9 @@ class _Widths:
         return output
 
     def _asked_by_consumers(self, value: ir.Value) -> int:
-        """The least width that a consumer of a requantize point asks for."""
+        """The least width that a consumer of a requantize point or online rotation asks for."""
         asked = [self._scheme.other_bits]
-        for node, index in _computing_uses(value):
+        for node, index in computing_uses(value):
             if node in self._linears:
                 asked.append(self._input_bits(self._linears[node]))
             elif is_dynamic_matmul(node) and index == 1:
@@ -214,68 +231,16 @@ def _hand_out(graph: ir.Graph, wide: ir.Value, narrow: ir.Value) -> None:
     wide.name = f"{narrow_name}_from"
 
 
-def _is_requantize_point(node: ir.Node) -> bool:
-    return node.op_type == "Identity" and is_float(node.outputs[0])
-
-
-def _copies(value: ir.Value) -> Iterator[ir.Value]:
-    """A value and what layout operators and requantize points make of it."""
-    yield value
-    for user in value.consumers():
-        if layout_inputs(user) or _is_requantize_point(user):
-            for output in user.outputs:
-                yield from _copies(output)
-
-
-def _computing_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Computing nodes that take a value or a copy of it, and the input they take it as."""
-    return [
-        (node, index)
-        for copy in _copies(value)
-        for node, index in copy.uses()
-        if not layout_inputs(node) and not _is_requantize_point(node)
-    ]
-
-
 def _is_keys_or_values(value: ir.Value) -> bool:
     """True where a value is the second operand of attention's MatMuls and nothing else."""
-    uses = _computing_uses(value)
+    uses = computing_uses(value)
     return bool(uses) and all(is_dynamic_matmul(node) and index == 1 for node, index in uses)
 
 
 def _joins_residual_or_output(value: ir.Value) -> bool:
     """True where a value is added to an activation, or leaves the graph other than as a cache."""
-    leaves = any(v.is_graph_output() and not _is_keys_or_values(v) for v in _copies(value))
-    return leaves or _joins_residual(value)
-
-
-def _joins_residual(value: ir.Value) -> bool:
-    """True where a value is added to an activation; a norm on the way (Gemma's) does not matter."""
-    return any(
-        (node.op_type == "Add" and _activations(node) > 1)
-        or (bool(normalized_inputs(node)) and index == 0 and _joins_residual(node.outputs[0]))
-        for node, index in _computing_uses(value)
-    )
-
-
-def _is_down(linear: Linear) -> bool:
-    """A down projection: takes what an activation function made, and joins the residual stream.
-
-    Told from an attention's output, which takes a MatMul's, and from lm_head, which takes a norm's.
-    """
-    if linear.node.op_type not in ("MatMul", "Gemm"):
-        return False
-    node = linear.activation.producer()
-    while node is not None and (layout_inputs(node) or _is_requantize_point(node)):
-        source = node.inputs[0]
-        node = source.producer() if source is not None else None
-    if node is None or as_linear(node) or is_dynamic_matmul(node) or normalized_inputs(node):
-        return False
-    return _joins_residual(linear.node.outputs[0])
-
-
-def _activations(node: ir.Node) -> int:
-    return sum(v is not None and not v.is_initializer() for v in node.inputs)
+    leaves = any(v.is_graph_output() and not _is_keys_or_values(v) for v in copies(value))
+    return leaves or joins_residual(value)
 
 
 def _reaches_output(node: ir.Node) -> bool:
@@ -283,7 +248,7 @@ def _reaches_output(node: ir.Node) -> bool:
     return any(
         value.is_graph_output()
         or any(
-            _activations(user) == 1 and as_linear(user) is None and _reaches_output(user)
+            activations(user) == 1 and as_linear(user) is None and _reaches_output(user)
             for user in value.consumers()
         )
         for value in node.outputs

@@ -11,6 +11,7 @@ import numpy as np
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.hadamard import is_scaled_hadamard
 from qnpu.compiler.op_traits import (
     FIXED_RANGES,
     is_float,
@@ -37,7 +38,8 @@ class CalibrateRanges(Pass):
     The graph is not changed. Each segment (about a decoder layer) runs on all batches before the
     next one; only statistics stay. Layout copies are not measured: unify-encodings gives them the
     encoding of what they copy. Ranges known from the operator (Softmax, Sigmoid, Tanh) are not
-    measured either: s = (high - low) / 2^b, so that the scale is a power of two.
+    measured either: s = (high - low) / 2^b, so that the scale is a power of two. The matrix of an
+    online rotation, ±s, has the scale s and codes ±1, without error.
 
     Peak memory: the model's weights, one segment's activations of one batch, and the values that
     cross a segment border for all batches.
@@ -133,6 +135,9 @@ def _encode_constant(array: np.ndarray, spec: QuantSpec) -> Encoding:
         return Encoding.from_range(spec, low, high)
     if array.size == 0:
         return Encoding.from_range(spec, 0.0, 0.0)
+    if spec.symmetric and spec.signed and is_scaled_hadamard(array):
+        scale = np.abs(array.flat[0]).astype(np.float32)  # codes ±1, exactly
+        return Encoding(spec, np.asarray(scale), np.asarray(0, np.int32))
     return Encoding.from_range(spec, float(array.min()), float(array.max()))
 
 

@@ -134,8 +134,10 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> int:
             _add_bias(graph, linear, extra.astype(weight.dtype))
         shape = [1] * weight.ndim
         shape[axis] = -1
-        scaled = weight.astype(np.float64) * gain.reshape(shape)
-        set_constant(linear.weight, scaled.astype(weight.dtype))
+        # in double precision, yet without a double of a whole lm_head
+        scaled = np.empty(weight.shape, weight.dtype)
+        np.multiply(weight, gain.reshape(shape), out=scaled, dtype=np.float64, casting="unsafe")
+        set_constant(linear.weight, scaled)
     _replace_parameter(graph, norm, 1, "unit_gain", np.ones_like(affine.gain))
     if _bias_of(norm) is not None:
         _replace_parameter(graph, norm, 2, "no_bias", np.zeros_like(affine.gain))

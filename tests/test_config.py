@@ -19,6 +19,7 @@ calib = "data.npz"
 seq_len = 64
 mask_value = -40
 keep_inputs = ["attention_mask"]
+online = ["r4", "r3"]
 
 [freeze_dims]
 N = 1
@@ -41,6 +42,7 @@ def test_a_file_with_every_kind_of_value(tmp_path: Path) -> None:
         seq_len=64,
         mask_value=-40,
         keep_inputs=("attention_mask",),
+        online=("r4", "r3"),
         freeze_dims={"N": 1, "x:1": 28},
     )
 
@@ -59,6 +61,8 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         "seq_len = true",
         'mask_value = "-50"',
         'keep_inputs = "attention_mask"',
+        'online = "r3"',
+        "online = [3]",
         "freeze_dims = 3",
         "[freeze_dims]\nN = 1.5",
         "[freeze_dims]\nN = true",
@@ -96,6 +100,8 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"range_method": "guess"}, "QN503"),
         ({"bos": "maybe"}, "QN503"),
         ({"exporter": "by-hand"}, "QN503"),
+        ({"online": ("r2",)}, "QN503"),
+        ({"online": ("r3", "")}, "QN503"),
         ({"calib_windows": 0}, "QN503"),
         ({"eval_windows": -1}, "QN503"),
         ({"seq_len": 1}, "QN503"),

@@ -15,7 +15,9 @@ from qnpu.compiler.hadamard import (
     NoHadamardError,
     hadamard_factors,
     hadamard_matrix,
+    hadamard_pair,
     has_hadamard,
+    is_scaled_hadamard,
     random_hadamard,
     random_orthogonal,
     rotation_matrix,
@@ -190,3 +192,55 @@ def test_rotation_matrix_says_which() -> None:
     unknown, is_hadamard = rotation_matrix(30, 5)
     assert not is_hadamard
     assert np.array_equal(unknown, random_orthogonal(30, 5))
+
+
+# --- online rotations ---
+
+
+@pytest.mark.parametrize(
+    ("order", "pair"),
+    [
+        (1536, (32, 48)),
+        (128, (8, 16)),
+        (64, (8, 8)),
+        (11008, (64, 172)),
+        (8960, (80, 112)),
+        (4, (2, 2)),
+        (2, None),
+        (12, None),  # 3 · 4: no Hadamard matrix of order 3; 2 · 6: none of order 6
+        (172, None),
+        (7, None),
+        (1, None),
+    ],
+)
+def test_the_pair_of_the_least_sum(order: int, pair: tuple[int, int] | None) -> None:
+    assert hadamard_pair(order) == pair
+
+
+@pytest.mark.parametrize("order", REACHABLE)
+def test_a_pair_is_the_best_of_all(order: int) -> None:
+    sums = [
+        a + order // a
+        for a in range(2, order // 2 + 1)
+        if order % a == 0 and has_hadamard(a) and has_hadamard(order // a)
+    ]
+    pair = hadamard_pair(order)
+    assert (sum(pair) if pair else None) == min(sums, default=None)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 127, -3.0])
+@pytest.mark.parametrize("order", [2, 4, 12, 64])
+def test_a_scaled_hadamard_matrix_is_known(order: int, scale: float) -> None:
+    matrix = np.asarray(random_hadamard(order, 3) * scale, np.float32)
+    assert is_scaled_hadamard(matrix)
+    one_sign = matrix.copy()
+    one_sign[1, 0] *= -1
+    one_size = matrix.copy()
+    one_size[-1, -1] *= 1.0001
+    for other in (one_sign, one_size, matrix[:-1], matrix * 0, matrix * np.nan):
+        assert not is_scaled_hadamard(other)
+
+
+def test_no_hadamard_matrices() -> None:
+    for matrix in (np.ones((2, 2)), np.ones((1, 1)), np.eye(4), np.zeros((0, 0)), np.ones(4)):
+        assert not is_scaled_hadamard(matrix)

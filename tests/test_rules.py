@@ -145,7 +145,8 @@ def triggered(text: str) -> set[str]:
     """Codes that a check, or the passes of a compile, report for a graph."""
     codes = {fault.code for fault in check_graph(parse(text))}
     compilation = Compilation(parse(text))
-    passes = default_passes(CompileConfig(seq_len=4), AnyData())
+    online = ("r4",) if "down =" in text else ()  # one with nothing to do says so
+    passes = default_passes(CompileConfig(seq_len=4, online=online), AnyData())
     try:
         run_passes(passes, compilation, after_pass=lambda done: None)
     except DiagnosticError as error:

@@ -1,0 +1,125 @@
+"""What a linear or a value is for, told from its neighbours and never from names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.hadamard import is_scaled_hadamard
+from qnpu.compiler.op_traits import (
+    Linear,
+    as_linear,
+    is_dynamic_matmul,
+    is_float,
+    is_standard,
+    layout_inputs,
+    normalized_inputs,
+)
+
+# What may lie between scores and softmax: scaling, soft-capping, masking.
+_SCORE_OPS = ("Add", "Cast", "Clip", "Div", "Identity", "Max", "Min", "Mul", "Sub", "Tanh", "Where")
+
+
+def is_requantize_point(node: ir.Node) -> bool:
+    """An Identity of floats: the same tensor at another width."""
+    return node.op_type == "Identity" and is_float(node.outputs[0])
+
+
+def computing_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Computing nodes that take a value or a copy of it, and the input they take it as."""
+    return [
+        (node, index)
+        for copy in copies(value)
+        for node, index in copy.uses()
+        if not layout_inputs(node) and not is_requantize_point(node)
+    ]
+
+
+def copies(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and what layout operators and requantize points make of it."""
+    yield value
+    for user in value.consumers():
+        if layout_inputs(user) or is_requantize_point(user):
+            for output in user.outputs:
+                yield from copies(output)
+
+
+def activations(node: ir.Node) -> int:
+    """How many inputs are no constants."""
+    return sum(v is not None and not v.is_initializer() for v in node.inputs)
+
+
+def joins_residual(value: ir.Value) -> bool:
+    """True where a value is added to an activation; a norm on the way (Gemma's) does not matter."""
+    return any(
+        (node.op_type == "Add" and activations(node) > 1)
+        or (bool(normalized_inputs(node)) and index == 0 and joins_residual(node.outputs[0]))
+        for node, index in computing_uses(value)
+    )
+
+
+def is_online_rotation(linear: Linear) -> bool:
+    """A MatMul by a Hadamard matrix times one number, as insert-hadamard makes it."""
+    if linear.node.op_type != "MatMul" or linear.activation is not linear.node.inputs[0]:
+        return False
+    shape = linear.weight.shape
+    if shape is None or len(shape) != 2 or shape[0] != shape[1]:
+        return False
+    matrix = constant_array(linear.weight)
+    return matrix is not None and is_scaled_hadamard(matrix)
+
+
+def computed_by(value: ir.Value) -> ir.Node | None:
+    """What computes a value, behind copies, requantize points and online rotations."""
+    node = value.producer()
+    while node is not None:
+        linear = as_linear(node)
+        rotates = linear is not None and is_online_rotation(linear)
+        if not (rotates or layout_inputs(node) or is_requantize_point(node)):
+            return node
+        source = node.inputs[0]
+        node = source.producer() if source is not None else None
+    return None
+
+
+def is_rotated_online(value: ir.Value) -> bool:
+    """True where an online rotation makes a value, with nothing but copies behind it."""
+    node = value.producer()
+    while node is not None and (layout_inputs(node) or is_requantize_point(node)):
+        source = node.inputs[0]
+        node = source.producer() if source is not None else None
+    linear = as_linear(node) if node is not None else None
+    return linear is not None and is_online_rotation(linear)
+
+
+def is_down_projection(linear: Linear) -> bool:
+    """Takes what an activation function made, and joins the residual stream.
+
+    Told from an attention's output, which takes a MatMul's, and from lm_head, which takes a norm's.
+    An online rotation may stand in front of it.
+    """
+    if linear.node.op_type not in ("MatMul", "Gemm"):
+        return False
+    node = computed_by(linear.activation)
+    if node is None or as_linear(node) or is_dynamic_matmul(node) or normalized_inputs(node):
+        return False
+    return joins_residual(linear.node.outputs[0])
+
+
+def makes_scores(node: ir.Node) -> bool:
+    """A MatMul of queries and keys: of two activations, a softmax behind it."""
+    return is_dynamic_matmul(node) and _goes_to_softmax(node.outputs[0])
+
+
+def _goes_to_softmax(value: ir.Value) -> bool:
+    for user in value.consumers():
+        if not is_standard(user):
+            continue
+        if user.op_type == "Softmax":
+            return True
+        passes = user.op_type in _SCORE_OPS or bool(layout_inputs(user))
+        if passes and any(_goes_to_softmax(output) for output in user.outputs):
+            return True
+    return False
