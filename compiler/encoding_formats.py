@@ -138,6 +138,33 @@ def _unsigned_grid(encoding: Encoding) -> tuple[int, bool, list[int]]:
     return spec.bits, signed, [-(int(zero) + shift) for zero in encoding.zero_point.reshape(-1)]
 
 
+def snap_constants(model: ir.Model, table: EncodingTable) -> ir.Model:
+    """A copy of a float graph whose weights and constants are what their codes stand for.
+
+    A vendor's tool rounds the weights itself. Away from the codes chosen here it may round another
+    way: our symmetric int4 weights stop at -7, AIMET and QAIRT go to -8. A number that a code
+    stands for is rounded to that code by all of them. Biases stay as they are: float32 does not
+    hold every int32 code.
+
+    Args:
+        model: shares its other tensors with the copy; the new ones are computed when written.
+        table: encodings of its tensors.
+    """
+    snapped = model.clone()
+    for name, value in snapped.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and name in table and table[name].spec.bits < 32:
+            value.const_value = _snapped(tensor, table[name])
+    return snapped
+
+
+def _snapped(tensor: ir.TensorProtocol, encoding: Encoding) -> ir.LazyTensor:
+    def compute() -> ir.Tensor:
+        return ir.tensor(encoding.dequantize(encoding.quantize(tensor.numpy())), name=tensor.name)
+
+    return ir.LazyTensor(compute, tensor.dtype, ir.Shape(tensor.shape), name=tensor.name)
+
+
 # ------------------------------------------------------------------------------------------- read
 
 

@@ -834,6 +834,36 @@ class NoCalibrationData(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableEncodings(Rule):
+    """What it checks
+        An AIMET or QNN encodings file (version 0.6.1, 1.0.0 or 2.0.0) holds integer encodings of
+        the graph's tensors, one per tensor, each in the words of its version.
+
+    Why it matters
+        A vendor's tool guesses at what it cannot read, and calibrates the tensor anew.
+
+    Example
+        ```json
+        {"version": "2.0.0", "encodings": [{"name": "x", "bw": 8, "y_scale": 0.1}]}
+        ```
+
+    How to fix
+        Export the file again for this graph; never mix the keys of two versions.
+    """
+
+    code: ClassVar[str] = "QN306"
+    name: ClassVar[str] = "unreadable-encodings"
+    place: str
+    reason: str
+
+    def message(self) -> str:
+        return f"encodings: `{self.place}` {self.reason}"
+
+    def help(self) -> str:
+        return "export the encodings again, for this graph and in one version"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is of the form w{4,8}a{8,16}.
@@ -908,36 +938,6 @@ class InvalidConfig(Rule):
         See ``--help`` for names and forms.
     """
 
-@dataclass(frozen=True, slots=True)
-class UnreadableEncodings(Rule):
-    """What it checks
-        An AIMET or QNN encodings file (version 0.6.1, 1.0.0 or 2.0.0) holds integer encodings of
-        the graph's tensors, one per tensor, each in the words of its version.
-
-    Why it matters
-        A vendor's tool guesses at what it cannot read, and calibrates the tensor anew.
-
-    Example
-        ```json
-        {"version": "2.0.0", "encodings": [{"name": "x", "bw": 8, "y_scale": 0.1}]}
-        ```
-
-    How to fix
-        Export the file again for this graph; never mix the keys of two versions.
-    """
-
-    code: ClassVar[str] = "QN306"
-    name: ClassVar[str] = "unreadable-encodings"
-    place: str
-    reason: str
-
-    def message(self) -> str:
-        return f"encodings: `{self.place}` {self.reason}"
-
-    def help(self) -> str:
-        return "export the encodings again, for this graph and in one version"
-
-
     code: ClassVar[str] = "QN503"
     name: ClassVar[str] = "invalid-config"
     key: str
@@ -948,6 +948,36 @@ class UnreadableEncodings(Rule):
 
     def help(self) -> str:
         return "see --help for the names and forms of options"
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFailed(Rule):
+    """What it checks
+        The vendor's compiler makes the file that ``--emit`` asks for.
+
+    Why it matters
+        It is what runs on the device; a graph that it refuses runs nowhere.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --target qnn-htp-v75 --emit dlc    # and it refuses a node
+        ```
+
+    How to fix
+        Compile without ``--emit``, then let ``qnpu-check --target`` say which node it is.
+    """
+
+    code: ClassVar[str] = "QN590"
+    name: ClassVar[str] = "handoff-failed"
+    file: str
+    target: str
+    reason: str
+
+    def message(self) -> str:
+        return f"the compiler of {self.target} did not make `{self.file}`: {self.reason}"
+
+    def help(self) -> str:
+        return f"compile without --emit, then run qnpu-check --target {self.target}"
 
 
 @dataclass(frozen=True, slots=True)
