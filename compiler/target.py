@@ -1,61 +1,289 @@
-"""Target profiles: what an NPU's compiler accepts, as data."""
+"""Target profiles: what an NPU's compiler accepts, as data (compiler/targets/*.toml)."""
 
 from __future__ import annotations
 
-import dataclasses
+import enum
 import tomllib
-from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.operand_pattern import pattern_of
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.compiler.rules import InvalidConfig, UnknownTarget
 
 DEFAULT_TARGET = "onnxruntime"
 
 
-@dataclass(frozen=True, slots=True)
-class TargetProfile:
-    """Types that decide how a graph is encoded; the rules of each operator come with qnpu-check.
+class Verdict(enum.StrEnum):
+    """What a vendor's compiler makes of a node, from best to worst.
+
+    ``silent``: integers, but not the ones the file asks for. ``unknown``: no source says.
+    """
+
+    INT = "int"
+    SILENT = "silent"
+    UNKNOWN = "unknown"
+    FLOAT = "float"
+    REJECT = "reject"
+
+    @property
+    def badness(self) -> int:
+        """0 for the best."""
+        return list(Verdict).index(self)
+
+
+class Fault(enum.StrEnum):
+    """What is wrong with a node that is not run as written; one diagnostic code each."""
+
+    OPERATOR = "operator"
+    TYPES = "types"
+    GRANULARITY = "granularity"
+    OUTPUT_TYPE = "output-type"
+    ATTRIBUTE = "attribute"
+    RANK = "rank"
+    ENCODINGS = "encodings"
+    ISLAND = "island"
+    CHANGED = "changed"
+
+
+class _Table(BaseModel):
+    """A table of a profile; a key that is not a field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Vendor(_Table):
+    """Who makes the compiler, and which one was asked.
 
     Attributes:
-        id: name on the command line.
-        signed_activations: activation codes are signed.
-        symmetric_activations: activations have their zero at the middle code.
+        name: of the vendor.
+        sdk: the compiler and version that the rules were tested on; empty where none was.
+        arch: number of the architecture, for rules that begin with one; 0 where there is one only.
+        soc_model: the compiler's own number of a chip.
+        oracle: ``htp`` where the real compiler can be asked (``qnpu-check --oracle``).
+    """
+
+    name: str = ""
+    sdk: str = ""
+    arch: int = 0
+    soc_model: int = 0
+    oracle: Literal["", "htp"] = ""
+
+
+class Limits(_Table):
+    """What holds for a graph as a whole. None and empty stand for: not known.
+
+    Attributes:
+        static: every shape must be known.
+        opset_max: of the standard domain.
+        rank_max: of any tensor that an operator computes on.
+        forms: how a quantized graph may be written: ``qdq``, ``qlinear``, ``integer``.
+        file_bytes_max: of the model, weights included.
+        accumulator_bits: width of a sum of products; 0 where it is not known.
+        source: where these are from.
+    """
+
+    static: bool = True
+    opset_max: int | None = None
+    rank_max: int | None = None
+    forms: tuple[Literal["qdq", "qlinear", "integer"], ...] = ()
+    file_bytes_max: int | None = None
+    accumulator_bits: int = 0
+    source: str = ""
+
+
+class Bias(_Table):
+    """Biases of linears.
+
+    Attributes:
+        derived: the scale must be that of the input times that of the weight, zero point 0.
+        on_violation: what a declared other scale leads to.
+        source: where this is from.
+    """
+
+    derived: bool = False
+    on_violation: Verdict = Verdict.SILENT
+    source: str = ""
+
+
+class Forced(_Table):
+    """An output encoding that the compiler uses whatever the file says.
+
+    Attributes:
+        scale: real units per LSB.
+        zero_point: LSB.
+    """
+
+    scale: float
+    zero_point: int
+
+
+class OpRule(_Table):
+    """One row of a profile. Of the rows for an operator, the first that fits a node decides.
+
+    A row fits where every condition it states holds.
+
+    Attributes:
+        ops: operators, as ``Operation.op_type``; ``*`` stands for any.
+        inputs: patterns of the inputs in order (see ``OperandPattern``), several alternatives;
+            inputs past the last pattern are free.
+        output: pattern that each output fits; ``=`` stands for the type of the first input.
+        output_is_not: pattern that no output fits.
+        encodings: ``same`` or ``differ``: first input against every output.
+        types: ``same`` or ``differ``: the types of all inputs and outputs.
+        all_encodings: as ``encodings``, over all quantized variable inputs and outputs.
+        rank_above: some input or output has a higher rank.
+        rank_below: every input and output has a lower rank.
+        attributes: name → values that fit; ``last`` stands for the last axis, ``absent`` for an
+            attribute that is not given, ``not-one`` for any value but 1.
+        unless_forced: the output encoding differs from these numbers.
+        island: the row speaks of nodes with a float input or output; others never fit these.
+        min_arch, max_arch: architectures the row speaks of.
+        verdict: what becomes of the node.
+        fault: what is wrong, where the verdict is not ``int``.
+        does: what the vendor's compiler does with it, half a sentence.
+        fix: what to do, half a sentence.
         source: where this is known from.
     """
 
+    ops: tuple[str, ...] = Field(min_length=1)
+    inputs: tuple[tuple[str, ...], ...] = ()
+    output: str = ""
+    output_is_not: str = ""
+    encodings: Literal["", "same", "differ"] = ""
+    types: Literal["", "same", "differ"] = ""
+    all_encodings: Literal["", "same", "differ"] = ""
+    rank_above: int | None = None
+    rank_below: int | None = None
+    attributes: dict[str, tuple[int | float | str, ...]] = {}
+    unless_forced: Forced | None = None
+    island: bool = False
+    min_arch: int = 0
+    max_arch: int = 10_000
+    verdict: Verdict
+    fault: Fault = Fault.TYPES
+    does: str = ""
+    fix: str = ""
+    source: str = ""
+
+    @field_validator("inputs")
+    @classmethod
+    def _patterns(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        for text in (text for combination in value for text in combination):
+            pattern_of(text)
+        return value
+
+
+class TargetProfile(_Table):
+    """What one target accepts.
+
+    Attributes:
+        id: name on the command line.
+        inherits: profile whose tables and rules hold where this one says nothing else.
+        summary: one line for ``--help``.
+        signed_activations: activation codes are signed.
+        symmetric_activations: activations have their zero at the middle code.
+        source: where the types are known from.
+        vendor, graph, bias: see their classes.
+        mask_value: constant for masked scores, real; None where any will do.
+        unlisted: verdict on an operator that no row speaks of.
+        unmatched: verdict on a node whose operator has rows, none of which fits.
+        islands: verdict on a node with a float input or output, where no row says otherwise.
+        rules: rows, own ones before inherited ones.
+        tolerance_lsb: operator and type (``Softmax/u16``) → largest difference to ONNX Runtime that
+            was measured on the vendor's own emulator, LSB.
+        handoff: shell commands that take the files on to the device; ``{model}``, ``{encodings}``,
+            ``{arch}``, ``{soc_model}`` are filled in.
+    """
+
     id: str = DEFAULT_TARGET
+    inherits: str = ""
+    summary: str = ""
     signed_activations: bool = False
     symmetric_activations: bool = False
     source: str = ""
+    vendor: Vendor = Vendor()
+    graph: Limits = Limits(static=False)
+    bias: Bias = Bias()
+    mask_value: float | None = None
+    unlisted: Verdict = Verdict.UNKNOWN
+    unmatched: Verdict = Verdict.REJECT
+    islands: Verdict = Verdict.FLOAT
+    rules: tuple[OpRule, ...] = ()
+    tolerance_lsb: dict[str, Annotated[int, Field(ge=0)]] = {}
+    handoff: tuple[str, ...] = ()
+
+    @field_validator("id")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value:
+            raise ValueError("a profile needs a name")
+        return value
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """The per-tensor activation type of a width."""
         return QuantSpec(bits, self.signed_activations, self.symmetric_activations)
 
+    def rules_for(self, op_type: str) -> list[OpRule]:
+        """Rows that speak of an operator on this architecture, in order."""
+        return [
+            rule
+            for rule in self.rules
+            if (op_type in rule.ops or "*" in rule.ops)
+            and rule.min_arch <= self.vendor.arch <= rule.max_arch
+        ]
+
 
 def target_names() -> list[str]:
-    """Names of all shipped profiles, sorted."""
+    """Names of all shipped profiles that a model can be compiled for, sorted."""
+    return [name for name in _file_names() if not name.startswith("_")]
+
+
+@lru_cache(maxsize=32)
+def load_target(name: str) -> TargetProfile:
+    """Reads a shipped profile, inherited tables merged in.
+
+    Raises:
+        DiagnosticError: QN502 unknown name, QN503 a key or value that the schema does not know.
+    """
+    if name not in target_names():
+        raise DiagnosticError(UnknownTarget(name, ", ".join(target_names())).at())
+    try:
+        return TargetProfile.model_validate(_merged(name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DiagnosticError(InvalidConfig(place, first["msg"]).at(file=f"{name}.toml")) from error
+
+
+def _file_names() -> list[str]:
     folder = resources.files("qnpu.compiler").joinpath("targets")
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
     )
 
 
-def load_target(name: str) -> TargetProfile:
-    """Reads a shipped profile.
-
-    Raises:
-        DiagnosticError: QN502 unknown name, QN503 a key that is not a field.
-    """
-    if name not in target_names():
-        raise DiagnosticError(UnknownTarget(name, ", ".join(target_names())).at())
+def _merged(name: str) -> dict[str, Any]:
+    """A profile's tables over those it inherits; its rules come first, so they win."""
     file = resources.files("qnpu.compiler").joinpath("targets", f"{name}.toml")
-    table = tomllib.loads(file.read_text("utf-8"))
-    known = {f.name for f in dataclasses.fields(TargetProfile)}
-    for key in sorted(set(table) - known):
-        raise DiagnosticError(
-            InvalidConfig(key, "not a key of a target profile").at(file=str(file))
-        )
-    return TargetProfile(**table)
+    try:
+        table = tomllib.loads(file.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=f"{name}.toml")) from error
+    parent = table.get("inherits", "")
+    if not parent:
+        return table
+    if parent not in _file_names():
+        reason = f"there is no profile `{parent}`"
+        raise DiagnosticError(InvalidConfig("inherits", reason).at(file=f"{name}.toml"))
+    below = _merged(parent)
+    merged = below | table
+    for key, value in below.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            merged[key] = value | table[key]
+    merged["rules"] = [*table.get("rules", []), *below.get("rules", [])]
+    return merged

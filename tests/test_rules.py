@@ -18,15 +18,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qnpu.compiler import rules
+from qnpu.compiler import rules, target_rules
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.console import command
 from qnpu.compiler.diagnostics import DiagnosticError, Rule, Severity
-from qnpu.compiler.graph_checks import check_graph
+from qnpu.compiler.graph_checks import check_graph, is_quantized
 from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.pass_base import Compilation, run_passes
 from qnpu.compiler.pipeline import default_passes
 from qnpu.compiler.rules import all_rules, manual_page
+from qnpu.compiler.target import load_target, target_names
+from qnpu.compiler.target_check import check_target
+from qnpu.compiler.target_faults import target_faults
 from qnpu.runtime_check.session import Array, Feeds
 from tests.conftest import normal, parse
 
@@ -49,6 +52,8 @@ TRIGGERED_BY = {
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",
+    "QN521": "test_target_faults.py::test_a_model_that_is_too_large",
+    "QN590": "test_emit.py::test_a_graph_that_the_vendor_refuses",
     "QN901": "test_output.py::test_what_the_system_refuses",
     "QN902": "test_output.py::test_a_file_of_the_users_is_not_replaced",
     "QN903": "test_verify.py::test_two_values_of_one_name",
@@ -89,9 +94,13 @@ def test_codes_are_unique_and_in_order() -> None:
     codes = [rule.code for rule in all_rules()]
     assert len(set(codes)) == len(codes)
     assert all(re.fullmatch(r"QN\d{3}", code) for code in codes)
-    source = Path(rules.__file__).read_text("utf-8")
-    written = re.findall(r'code: ClassVar\[str\] = "(QN\d+)"', source)
-    assert written == sorted(written) == codes
+    written: list[str] = []
+    for module in (rules, target_rules):
+        source = inspect.getsource(module)
+        found = re.findall(r'code: ClassVar\[str\] = "(QN\d+)"', source)
+        assert found == sorted(found)
+        written += found
+    assert sorted(written) == codes
 
 
 def test_names_are_unique_and_state_a_fault() -> None:
@@ -142,8 +151,12 @@ def test_pages_by_code() -> None:
 
 
 def triggered(text: str) -> set[str]:
-    """Codes that a check, or the passes of a compile, report for a graph."""
+    """Codes that a check for any target, or the passes of a compile, report for a graph."""
     codes = {fault.code for fault in check_graph(parse(text))}
+    if is_quantized(parse(text).graph) or "Integer" in text:
+        for name in target_names():
+            report = check_target(parse(text), load_target(name))
+            codes |= {fault.code for fault in target_faults(parse(text), report)}
     compilation = Compilation(parse(text))
     online = ("r4",) if "down =" in text else ()  # one with nothing to do says so
     passes = default_passes(CompileConfig(seq_len=4, online=online), AnyData())

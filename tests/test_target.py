@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +10,20 @@ import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.quant_types import QuantSpec
-from qnpu.compiler.target import DEFAULT_TARGET, TargetProfile, load_target, target_names
+from qnpu.compiler.target import (
+    DEFAULT_TARGET,
+    TargetProfile,
+    Verdict,
+    load_target,
+    target_names,
+)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Profiles are read once; a test that ships others must not leave them behind."""
+    yield
+    load_target.cache_clear()
 
 
 def test_names_are_sorted_and_hold_the_default() -> None:
@@ -39,20 +53,77 @@ def test_the_default_profile_is_the_default_of_the_class() -> None:
         assert loaded.activation_spec(bits) == bare.activation_spec(bits)
 
 
-@pytest.mark.parametrize("name", ["", "nokia-3310", "../onnxruntime", "onnxruntime.toml"])
+@pytest.mark.parametrize("name", ["", "nokia-3310", "../onnxruntime", "o.toml", "_qnn-htp"])
 def test_unknown_targets(name: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
         load_target(name)
     assert caught.value.codes == ["QN502"]
 
 
-def test_an_unknown_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "targets").mkdir()
-    (tmp_path / "targets" / "new.toml").write_text('id = "new"\nsigned_activation = true\n')
-    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+def write(folder: Path, monkeypatch: pytest.MonkeyPatch, **profiles: str) -> None:
+    """Ships these profiles instead."""
+    (folder / "targets").mkdir()
+    for name, text in profiles.items():
+        (folder / "targets" / f"{name}.toml").write_text(text)
+    monkeypatch.setattr(resources, "files", lambda package: folder)
+    load_target.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'id = "new"\nsigned_activation = true',
+        'id = "new"\nsigned_activations = "perhaps"',
+        'id = "new"\n[graph]\nrank = 4',
+        'id = "new"\n[[rules]]\nverdict = "int"',
+        'id = "new"\n[[rules]]\nops = ["Relu"]\nverdict = "good"',
+        'id = "new"\n[[rules]]\nops = ["Relu"]\nverdict = "int"\ninputs = [["u8 wide"]]',
+        'id = "new"\ninherits = "nothing"',
+        'id = ""',
+        "id = new",
+    ],
+)
+def test_faults_of_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    write(tmp_path, monkeypatch, new=text)
     with pytest.raises(DiagnosticError) as caught:
         load_target("new")
     assert caught.value.codes == ["QN503"]
+
+
+def test_a_profile_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables key by key, rules before those of the parent; a parent is not a target itself."""
+    base = """
+        id = "_base"
+        summary = "base"
+        [vendor]
+        name = "V"
+        arch = 1
+        [[rules]]
+        ops = ["Relu"]
+        verdict = "int"
+    """
+    child = """
+        id = "new"
+        inherits = "_base"
+        [vendor]
+        arch = 2
+        [[rules]]
+        ops = ["Tanh"]
+        verdict = "float"
+    """
+    write(tmp_path, monkeypatch, _base=base, new=child)
+    profile = load_target("new")
+    assert (profile.id, profile.summary) == ("new", "base")
+    assert (profile.vendor.name, profile.vendor.arch) == ("V", 2)
+    assert [rule.ops for rule in profile.rules] == [("Tanh",), ("Relu",)]
+    assert target_names() == ["new"]
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_every_row_says_where_it_is_from_and_what_is_wrong(name: str) -> None:
+    for rule in load_target(name).rules:
+        assert rule.source
+        assert rule.verdict is Verdict.INT or rule.does
 
 
 def test_profiles_ship_with_the_package() -> None:

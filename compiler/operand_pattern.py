@@ -1,0 +1,100 @@
+"""How a profile's rows describe one operand of a node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.operands import Operand
+
+_ABSENT = "-"
+_GRANULARITIES = frozenset({"tensor", "channel", "block", "lpbq"})
+_UNSIGNED = frozenset({"u2", "u4", "u8", "u16"})
+_WORD = re.compile(r"const|var|(rank|block|value)=\d+|z=0|z!=(0|mid)")
+
+
+@dataclass(frozen=True, slots=True)
+class OperandPattern:
+    """What a row says of one operand.
+
+    Written as words: the types first (``u8|s8``, or ``*`` for any), then any of ``const``, ``var``,
+    granularities (``tensor``, ``channel``, ``block``, ``lpbq``; ``tensor|channel`` for either),
+    ``z=0``, ``z!=0``, ``z!=mid`` (zero points), ``rank=N``, ``block=N``, ``value=N`` (a constant of
+    one number). ``-`` alone is an input that is left out.
+
+    Attributes:
+        text: as written.
+        dtypes: empty for any.
+        granularities: empty for any.
+        words: the rest, each parted at its equals sign.
+    """
+
+    text: str
+    dtypes: frozenset[str]
+    granularities: frozenset[str]
+    words: tuple[tuple[str, str], ...]
+
+    def fits(self, operand: Operand | None) -> bool:
+        if operand is None or self.text == _ABSENT:
+            return operand is None and self.text == _ABSENT
+        if self.dtypes and operand.dtype not in self.dtypes:
+            return False
+        if self.granularities and operand.granularity not in self.granularities:
+            return False
+        return all(_WORDS[subject](operand, number) for subject, number in self.words)
+
+
+def _has_zero_point(operand: Operand, zero_point: int) -> bool:
+    return operand.zero_point is not None and bool((operand.zero_point == zero_point).all())
+
+
+def _code(operand: Operand, number: str) -> int:
+    """A code as a pattern names it; ``mid`` is the middle one: 0 of a signed type, 128 of u8."""
+    if number != "mid":
+        return int(number)
+    return 1 << (int(operand.dtype[1:]) - 1) if operand.dtype in _UNSIGNED else 0
+
+
+def _is_number(operand: Operand, number: float) -> bool:
+    """A constant of one element, which stands for the number within half an LSB."""
+    codes = constant_array(operand.codes)
+    if codes is None or codes.size != 1 or operand.scale is None or operand.zero_point is None:
+        return False
+    scale = operand.scale.astype(np.float64).item()
+    real = scale * (int(codes.item()) - int(operand.zero_point.item()))
+    return abs(real - number) <= scale / 2
+
+
+_WORDS: dict[str, Callable[[Operand, str], bool]] = {
+    "const": lambda operand, _: operand.constant,
+    "var": lambda operand, _: not operand.constant,
+    "rank": lambda operand, number: operand.rank == int(number),
+    "block": lambda operand, number: operand.block == int(number),
+    "value": lambda operand, number: _is_number(operand, float(number)),
+    "z": lambda operand, number: _has_zero_point(operand, _code(operand, number)),
+    "z!": lambda operand, number: not _has_zero_point(operand, _code(operand, number)),
+}
+
+
+@lru_cache(maxsize=4096)
+def pattern_of(text: str) -> OperandPattern:
+    """Parses a pattern.
+
+    Raises:
+        ValueError: a word that is none of those known.
+    """
+    types, *rest = text.split()
+    dtypes = frozenset[str]() if types in ("*", _ABSENT) else frozenset(types.split("|"))
+    granularities = [w for w in rest if _GRANULARITIES.issuperset(w.split("|"))]
+    words = [word for word in rest if word not in granularities]
+    for word in words:
+        if not _WORD.fullmatch(word):
+            raise ValueError(f"`{word}` in `{text}` is no word of a pattern")
+    parted = tuple((head, tail) for head, _, tail in (word.partition("=") for word in words))
+    allowed = frozenset(name for word in granularities for name in word.split("|"))
+    return OperandPattern(text, dtypes, allowed, parted)

@@ -1,0 +1,163 @@
+"""Verdicts on nodes: the first row that fits decides."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes import common
+
+from qnpu.compiler.target import Fault, TargetProfile, Verdict, load_target, target_names
+from qnpu.compiler.target_check import check_target
+from tests.conftest import parse, shared_file
+from tests.htp_cases import build_case, sweep
+
+RELU = """
+    g (float[2, 4] x) => (float[2, 4] y)
+    <float s = {0.5}, uint8 z = {128}, float t = {0.25}>
+    {
+        xq = QuantizeLinear(x, s, z)
+        xd = DequantizeLinear(xq, s, z)
+        p = Relu(xd)
+        pq = QuantizeLinear(p, s, z)
+        y = DequantizeLinear(pq, s, z)
+    }
+"""
+DIFFERENT = RELU.replace("(p, s, z)", "(p, t, z)").replace("(pq, s, z)", "(pq, t, z)")
+BARE = RELU.replace("pq = Quant", "r = Relu(p) pq = Quant").replace("Linear(p, ", "Linear(r, ")
+
+
+def profile(*rules: dict[str, Any], **more: Any) -> TargetProfile:
+    rows = [{"verdict": "int", **rule} for rule in rules]
+    return TargetProfile.model_validate({"id": "test", "rules": rows, **more})
+
+
+def verdict(text: str, target: TargetProfile) -> Verdict:
+    return check_target(parse(text), target).verdict
+
+
+@pytest.mark.parametrize(
+    ("rule", "same", "different"),
+    [
+        ({"ops": ["Relu"]}, True, True),
+        ({"ops": ["*"]}, True, True),
+        ({"ops": ["Sigmoid"]}, False, False),
+        ({"ops": ["Relu"], "inputs": [["u8"]]}, True, True),
+        ({"ops": ["Relu"], "inputs": [["s8"], ["u8"]]}, True, True),
+        ({"ops": ["Relu"], "inputs": [["s8"]]}, False, False),
+        ({"ops": ["Relu"], "inputs": [["u8", "*"]]}, False, False),
+        ({"ops": ["Relu"], "inputs": [["u8", "-"]]}, True, True),
+        ({"ops": ["Relu"], "output": "="}, True, True),
+        ({"ops": ["Relu"], "output": "s8"}, False, False),
+        ({"ops": ["Relu"], "output_is_not": "="}, False, False),
+        ({"ops": ["Relu"], "output_is_not": "s8"}, True, True),
+        ({"ops": ["Relu"], "encodings": "same"}, True, False),
+        ({"ops": ["Relu"], "encodings": "differ"}, False, True),
+        ({"ops": ["Relu"], "all_encodings": "same"}, True, False),
+        ({"ops": ["Relu"], "types": "same"}, True, True),
+        ({"ops": ["Relu"], "types": "differ"}, False, False),
+        ({"ops": ["Relu"], "rank_above": 1}, True, True),
+        ({"ops": ["Relu"], "rank_above": 2}, False, False),
+        ({"ops": ["Relu"], "rank_below": 3}, True, True),
+        ({"ops": ["Relu"], "rank_below": 2}, False, False),
+        ({"ops": ["Relu"], "attributes": {"axis": ["absent"]}}, True, True),
+        ({"ops": ["Relu"], "attributes": {"axis": [1]}}, False, False),
+        ({"ops": ["Relu"], "unless_forced": {"scale": 0.5, "zero_point": 128}}, False, True),
+        ({"ops": ["Relu"], "min_arch": 73}, True, True),
+        ({"ops": ["Relu"], "min_arch": 79}, False, False),
+        ({"ops": ["Relu"], "max_arch": 68}, False, False),
+        ({"ops": ["Relu"], "island": True}, False, False),
+    ],
+)
+def test_conditions(rule: dict[str, Any], same: bool, different: bool) -> None:
+    target = profile(rule, vendor={"arch": 75}, unlisted="reject")
+    found = tuple(verdict(text, target) is Verdict.INT for text in (RELU, DIFFERENT))
+    assert found == (same, different)
+
+
+def test_attributes_of_a_node() -> None:
+    softmax = RELU.replace("Relu(xd)", "Softmax<axis: int = 1>(xd)")
+    for allowed, fits in (([1], True), ([0], False), (["last"], True), (["not-one"], False)):
+        target = profile({"ops": ["Softmax"], "attributes": {"axis": allowed}}, unmatched="float")
+        assert (verdict(softmax, target) is Verdict.INT) == fits
+
+
+def test_the_first_row_that_fits_decides() -> None:
+    rows: list[dict[str, Any]] = [
+        {"ops": ["Relu"], "encodings": "differ", "verdict": "float", "fault": "encodings"},
+        {"ops": ["Relu"]},
+    ]
+    assert verdict(RELU, profile(*rows)) is Verdict.INT
+    assert verdict(DIFFERENT, profile(*rows)) is Verdict.FLOAT
+    assert verdict(DIFFERENT, profile(*reversed(rows))) is Verdict.INT
+
+
+def test_what_no_row_speaks_of() -> None:
+    listed = {"ops": ["Relu"], "inputs": [["s8"]]}
+    assert verdict(RELU, profile(listed)) is Verdict.REJECT
+    assert verdict(RELU, profile(listed, unmatched="float")) is Verdict.FLOAT
+    assert verdict(RELU, profile()) is Verdict.UNKNOWN
+    assert verdict(RELU, profile(unlisted="reject")) is Verdict.REJECT
+
+
+def test_a_node_without_encodings_is_a_float_island() -> None:
+    report = check_target(parse(BARE), profile({"ops": ["Relu"]}))
+    assert [node.verdict for node in report.nodes] == [Verdict.FLOAT, Verdict.FLOAT]
+    assert {node.fault for node in report.nodes} == {Fault.ISLAND}
+    refused = profile({"ops": ["Relu"]}, islands="reject")
+    assert check_target(parse(BARE), refused).verdict is Verdict.REJECT
+    special = profile({"ops": ["Relu"], "island": True})
+    assert check_target(parse(BARE), special).verdict is Verdict.INT
+
+
+def test_constants_that_steer_a_node_make_no_island() -> None:
+    clip = RELU.replace("Relu(xd)", "Clip(xd, s, t)")
+    assert verdict(clip, profile({"ops": ["Clip"]})) is Verdict.INT
+    add = RELU.replace("Relu(xd)", "Add(xd, s)")
+    assert verdict(add, profile({"ops": ["Add"]})) is Verdict.FLOAT
+
+
+def test_the_worst_node_speaks_for_the_graph() -> None:
+    order = [Verdict.INT, Verdict.SILENT, Verdict.UNKNOWN, Verdict.FLOAT, Verdict.REJECT]
+    assert sorted(Verdict, key=lambda v: v.badness) == order
+    assert (
+        check_target(parse("g (int64[1] x) => (int64[1] x) {}"), profile()).verdict is Verdict.INT
+    )
+
+
+@pytest.mark.parametrize("arch", ["v68", "v69", "v73", "v75", "v79", "v81"])
+def test_verdicts_recorded_from_the_real_compiler(arch: str) -> None:
+    """At least 99 % alike, and nothing called integer that is not."""
+    recorded = json.loads(shared_file("design/htp_verdicts.json").read_text("utf-8"))["cases"]
+    target = load_target(f"qnn-htp-{arch}")
+    wrong: dict[str, tuple[str, str]] = {}
+    for name, by_arch in recorded.items():
+        model = ir.from_proto(build_case(name))
+        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+        found = check_target(model, target).verdict
+        said = "int" if found is Verdict.SILENT else found.value
+        if said != by_arch[arch]["verdict"]:
+            wrong[name] = said, by_arch[arch]["verdict"]
+    assert len(wrong) <= 0.01 * len(recorded), wrong
+    assert not [name for name, (said, _) in wrong.items() if said == "int"]
+
+
+def test_every_row_of_a_profile_decides_some_case() -> None:
+    """A row that no graph reaches says nothing."""
+    models = []
+    for case in sweep():
+        model = ir.from_proto(case.build())
+        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+        models.append(model)
+    reached = {
+        node.rule.model_dump_json()
+        for name in target_names()
+        for model in models
+        for node in check_target(model, load_target(name)).nodes
+        if node.rule is not None
+    }
+    for name in target_names():
+        rules = load_target(name).rules
+        assert [rule for rule in rules if rule.model_dump_json() not in reached] == []
