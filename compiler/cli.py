@@ -116,6 +116,12 @@ def _compile(
         str | None,
         typer.Option(help="Rotations to run online: r3 (queries, keys), r4 (down inputs), r3,r4."),
     ] = None,
+    rotate_caches: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate-caches/--no-rotate-caches", help="Rotate values that a cache holds, too."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the rotations. Default: 0.")] = None,
     explain_topology: Annotated[
         bool, typer.Option("--explain-topology", help="Print the decoder as found, and stop.")
@@ -167,6 +173,7 @@ def _compile(
         "range_method": range_method,
         "down_bits": down_bits,
         "rotate": rotate,
+        "rotate_caches": rotate_caches,
         "online": tuple(online.split(",") if online else ()) if online is not None else None,
         "seed": seed,
         "mask_value": mask_value,

@@ -32,6 +32,7 @@ class CompileConfig:
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
+        rotate_caches: rotate attention values that a cache holds too.
         mask_value: constant that replaces minus infinity in attention masks, real.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
@@ -52,6 +53,7 @@ class CompileConfig:
     seq_len: int = 512
     range_method: str = RangeMethod.MSE.value
     rotate: bool = True
+    rotate_caches: bool = True
     online: tuple[str, ...] = ()
     mask_value: float = -50.0
     freeze_dims: Mapping[str, int] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from qnpu.compiler.pass_base import (
     no_progress,
     run_passes,
 )
+from qnpu.compiler.rotated_caches import rotated_caches, turn_caches
 from qnpu.compiler.target import load_target
 from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.verify import verify_stage
@@ -72,7 +73,10 @@ def default_passes(
     config: CompileConfig, calibration: FeedSource, progress: ProgressCallback = no_progress
 ) -> list[Pass]:
     """Every pass of a compile, in the order they run."""
-    rotations: list[Pass] = [FoldNormScale(), FuseRotation(seed=config.seed)]
+    rotations: list[Pass] = [
+        FoldNormScale(),
+        FuseRotation(seed=config.seed, rotate_caches=config.rotate_caches),
+    ]
     online: list[Pass] = [InsertHadamard(config.online, config.seed)]
     return [
         *canonical_passes(config),
@@ -153,7 +157,7 @@ class CheckResult:
     Attributes:
         tensors: float against dequantized, one calibration batch, in graph order.
         source_error: max |Δ| of any output between the graph as loaded and the float graph the
-            encodings were made for, relative to max |output|.
+            encodings were made for, relative to max |output|; rotated caches are turned back first.
         perplexity: ``float`` and ``qdq``; empty for a graph that is no language model.
     """
 
@@ -172,11 +176,12 @@ def check_result(
 
     Args:
         result: from ``compile_model``.
-        batch: one calibration batch.
+        batch: one calibration batch, as the graph as loaded takes it.
         evaluation: windows to measure perplexity on; may be empty.
         progress: called with fraction done.
     """
-    tensors = compare_graphs(result.float_model, result.model, batch, progress=progress)
+    rotated = turn_caches(result.float_model, batch)
+    tensors = compare_graphs(result.float_model, result.model, rotated, progress=progress)
     source_error = _source_error(result, batch)
     perplexity: dict[str, Perplexity] = {}
     if evaluation and any(value.name == LOGITS for value in result.model.graph.outputs):
@@ -197,8 +202,11 @@ def _source_error(result: CompileResult, batch: Feeds) -> float:
     else:
         expected = dict(_streamed(result.source_model, batch, names))
     worst = 0.0
-    for name, actual in _streamed(result.float_model, batch, names):
+    rotated = turn_caches(result.float_model, batch)
+    caches = rotated_caches(result.float_model)
+    for name, found in _streamed(result.float_model, rotated, names):
         reference = expected[name]
+        actual = caches[name].apply(found, back=True) if name in caches else found
         peak = float(np.abs(reference).max()) if reference.size else 0.0
         error = float(np.abs(reference - actual).max()) if reference.size else 0.0
         worst = max(worst, error / peak if peak else error)

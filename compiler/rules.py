@@ -689,6 +689,47 @@ class NotRotatedOnline(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class RotatedCache(Rule):
+    """What it checks
+        Reports a graph input or output that holds attention values times the rotation R2.
+
+    Why it matters
+        Whoever feeds it back as the past of a graph rotated alike (same model, same seed) need not
+        care; whoever reads the values themselves sees others than before.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[1, 2] ids) => (float[1, 2, 2] logits, float[1, 2, 2] v)
+        <float[3, 2] table = {1, 2, 3, 4, 5, 6}, float[2, 2] w = {1, 2, 3, 4},
+         float[2, 2] o = {1, 2, 2, 1}>
+        {
+            x = Gather(table, ids)
+            p = Softmax(x)
+            v = MatMul(x, w)
+            a = MatMul(p, v)
+            logits = MatMul(a, o)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong; ``--no-rotate-caches`` leaves caches, and the attention behind them, as
+        they are.
+    """
+
+    code: ClassVar[str] = "QN205"
+    name: ClassVar[str] = "rotated-cache"
+    severity: ClassVar[Severity] = Severity.NOTE
+    value: str
+
+    def message(self) -> str:
+        return f"`{self.value}` now holds values times the rotation R2"
+
+    def help(self) -> str:
+        return "feed it to a graph rotated alike, or pass --no-rotate-caches"
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationMismatch(Rule):
     """What it checks
         Calibration arrays have the names, shapes and types of the graph's inputs.

@@ -105,6 +105,8 @@ class ValuePath:
         columns: first and last + 1.
         output: linear that takes the concatenated heads.
         head_dim: width of one head.
+        layer: attentions before this one in the graph, understood or not.
+        caches: graph inputs and outputs that hold V, earlier tokens' or all.
     """
 
     matmul: ir.Node
@@ -112,6 +114,8 @@ class ValuePath:
     columns: tuple[int, int]
     output: Linear
     head_dim: int
+    layer: int
+    caches: tuple[ir.Value, ...]
 
 
 @dataclass(slots=True)
@@ -145,8 +149,10 @@ def discover(graph: ir.Graph) -> DecoderTopology | None:
     paths: list[ValuePath] = []
     blockers: list[Blocker] = []
     for node in graph:
-        if is_dynamic_matmul(node) and _from_softmax(node.inputs[0]):
-            path = _value_path(node)
+        if node.op_type == "Attention" and is_standard(node):
+            blockers.append(Blocker("the attention is one fused operator", name_of(node)))
+        elif is_dynamic_matmul(node) and _from_softmax(node.inputs[0]):
+            path = _value_path(node, layer=len(paths) + len(blockers))
             if isinstance(path, Blocker):
                 blockers.append(path)
             else:
@@ -403,7 +409,11 @@ def _shared_weights(stream: ResidualStream) -> list[Blocker]:
 
 def has_one_role(value: ir.Value) -> bool:
     """One node takes it, once, and no one outside the graph sees or sets it."""
-    return len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
+    return _has_one_use(value) and not value.is_graph_input()
+
+
+def _has_one_use(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _from_softmax(value: ir.Value | None) -> bool:
@@ -414,7 +424,7 @@ def _from_softmax(value: ir.Value | None) -> bool:
     return node is not None and node.op_type == "Softmax"
 
 
-def _value_path(matmul: ir.Node) -> ValuePath | Blocker:
+def _value_path(matmul: ir.Node, layer: int) -> ValuePath | Blocker:
     where = name_of(matmul)
     head_dim = last_dimension(matmul.outputs[0])
     value = matmul.inputs[1]
@@ -428,31 +438,56 @@ def _value_path(matmul: ir.Node) -> ValuePath | Blocker:
     taken = _ahead_to_linear(matmul.outputs[0], head_dim)
     if taken is None:
         return Blocker("the heads do not go to one linear through reshapes alone", where)
-    linear, columns = made
+    linear, columns, caches = made
     if has_foreign_bias(linear):
         return Blocker("a linear's bias is not one number per feature", name_of(linear.node))
     for weight in (linear.weight, linear.bias, taken.weight):
         if weight is not None and not has_one_role(weight):
             return Blocker("a weight is used in two roles", name_of(weight))
-    return ValuePath(matmul, linear, columns, taken, head_dim)
+    return ValuePath(matmul, linear, columns, taken, head_dim, layer, tuple(caches))
 
 
-def _back_to_linear(value: ir.Value, head_dim: int) -> tuple[Linear, tuple[int, int]] | None:
-    """The linear behind V and V's columns of its output."""
+def _back_to_linear(
+    value: ir.Value, head_dim: int
+) -> tuple[Linear, tuple[int, int], list[ir.Value]] | None:
+    """The linear behind V, V's columns of its output, and the caches on the way."""
+    caches: list[ir.Value] = []
     while True:
         node = value.producer()
         # V must serve this attention alone, or another reader would see it rotated.
-        if node is None or value.is_graph_output() or len(value.uses()) > 1:
+        if node is None or len(value.uses()) > 1:
             return None
+        if value.is_graph_output():
+            caches.append(value)
         if node.op_type in ("Slice", "Split"):
-            return _behind_slice(node, value, head_dim)
+            behind = _behind_slice(node, value, head_dim)
+            return None if behind is None else (*behind, caches)
         linear = as_feature_linear(node)
         if linear is not None:
             width = last_dimension(value) or 0
-            return None if width % head_dim else (linear, (0, width))
-        if not _keeps_heads(node, head_dim) or node.inputs[0] is None:
+            return None if width % head_dim else (linear, (0, width), caches)
+        if node.op_type == "Concat":
+            joined = _past_and_new(node, head_dim)
+            if joined is None:
+                return None
+            past, value = joined
+            caches.append(past)
+        elif not _keeps_heads(node, head_dim) or node.inputs[0] is None:
             return None
-        value = node.inputs[0]
+        else:
+            value = node.inputs[0]
+
+
+def _past_and_new(node: ir.Node, head_dim: int) -> tuple[ir.Value, ir.Value] | None:
+    """What a Concat along the tokens joins: a graph input of its own, and V of the new tokens."""
+    first, second = node.inputs if len(node.inputs) == 2 else (None, None)
+    if first is None or second is None or first.shape is None or not is_standard(node):
+        return None
+    past, new = (first, second) if first.is_graph_input() else (second, first)
+    rank, width = len(first.shape), last_dimension(past)
+    own = past.is_graph_input() and not past.is_initializer() and _has_one_use(past)
+    along_features = node.attributes.get_int("axis", 0) in (-1, rank - 1)
+    return (past, new) if own and width and not width % head_dim and not along_features else None
 
 
 def _behind_slice(
@@ -554,5 +589,7 @@ def describe(topology: DecoderTopology) -> Iterator[tuple[str, str, str]]:
         yield f"value, columns {first}:{last}", name_of(path.value.node), shape
         shape = str(static_shape(path.output.weight))
         yield f"heads of {path.head_dim}", name_of(path.output.node), shape
+        for cache in path.caches:
+            yield "cache of values", name_of(cache), str(static_shape(cache))
     for blocker in (*stream.blockers, *topology.value_blockers):
         yield "blocked", blocker.where, blocker.reason

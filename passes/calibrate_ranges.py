@@ -21,6 +21,7 @@ from qnpu.compiler.op_traits import (
 )
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
+from qnpu.compiler.rotated_caches import turn_caches
 from qnpu.compiler.rules import NonFiniteActivation
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.observer import Observer, RangeMethod, channel_range
@@ -68,7 +69,9 @@ class CalibrateRanges(Pass):
         before = len(compilation.encodings)
         _encode_constants(compilation)
         _encode_fixed(compilation)
-        self._encode_measured(compilation, self.data.feeds(compilation.graph.inputs))
+        model = compilation.model
+        batches = [turn_caches(model, feeds) for feeds in self.data.feeds(model.graph.inputs)]
+        self._encode_measured(compilation, batches)
         return len(compilation.encodings) - before
 
     def _encode_measured(self, compilation: Compilation, batches: Sequence[Feeds]) -> None:

@@ -39,15 +39,17 @@ class FreezeShapes(Pass):
     A dimension takes its size from, in this order: ``dims`` by the dimension's name or by
     ``input:axis``; the usual names of decoder inputs (batch 1, ``sequence_length``,
     ``past_length``). A past cache of length zero holds nothing and becomes an empty constant. With
-    shapes fixed and no padding, ``attention_mask`` is all ones, ``position_ids`` counts up and
-    ``token_type_ids`` is zero: they become constants too, unless named in ``keep_inputs``.
+    shapes fixed and no padding, ``attention_mask`` is all ones, ``position_ids`` counts up from the
+    length of the past and ``token_type_ids`` is zero: they become constants too, unless named in
+    ``keep_inputs``.
 
     Must not fire on static inputs. Source: ONNX exports of optimum and of torch.onnx.
 
     Attributes:
         dims: size by dimension name or ``input:axis``.
         sequence_length: tokens per run.
-        past_length: tokens in the key/value cache before the run.
+        past_length: tokens in the key/value cache before the run, where neither the graph nor
+            ``dims`` says.
         keep_inputs: inputs that stay inputs.
     """
 
@@ -64,7 +66,8 @@ class FreezeShapes(Pass):
         """Raises: DiagnosticError: QN101 for each dimension left, QN503 for an unused name."""
         graph = compilation.graph
         self._check_names(graph)
-        by_name = self._conventional_sizes(graph)
+        past = self._past_length(graph)
+        by_name = self._conventional_sizes(graph, past)
         by_name |= self.dims
         bound = 0
         for value in graph.inputs:
@@ -73,7 +76,7 @@ class FreezeShapes(Pass):
         if missing:
             raise DiagnosticError(missing)
         for value in list(graph.inputs):
-            content = self._constant_content(value)
+            content = self._constant_content(value, past)
             if content is not None:
                 array, description = content
                 name = name_of(value)
@@ -107,9 +110,20 @@ class FreezeShapes(Pass):
         if faults:
             raise DiagnosticError([fault.at() for fault in faults])
 
-    def _conventional_sizes(self, graph: ir.Graph) -> dict[str, int]:
+    def _past_length(self, graph: ir.Graph) -> int:
+        """Tokens in the caches that come in."""
+        for value in graph.inputs:
+            if name_of(value).startswith(_PAST_PREFIXES) and value.shape and len(value.shape) > 2:
+                dim = value.shape[2]
+                known = [dim] if isinstance(dim, int) else []
+                known += [self.dims[k] for k in (f"{value.name}:2", str(dim)) if k in self.dims]
+                if known:
+                    return known[0]
+        return self.past_length
+
+    def _conventional_sizes(self, graph: ir.Graph, past: int) -> dict[str, int]:
         """Sizes by ``input:axis`` for the usual decoder inputs, and by name for batches."""
-        total = self.sequence_length + self.past_length
+        total = self.sequence_length + past
         sizes = dict.fromkeys(_BATCH_NAMES, 1)
         for value in graph.inputs:
             name = name_of(value)
@@ -118,7 +132,7 @@ class FreezeShapes(Pass):
             elif name == "attention_mask":
                 sizes |= {f"{name}:0": 1, f"{name}:1": total}
             elif name.startswith(_PAST_PREFIXES):
-                sizes |= {f"{name}:0": 1, f"{name}:2": self.past_length}
+                sizes |= {f"{name}:0": 1, f"{name}:2": past}
         return sizes
 
     def _bind(self, value: ir.Value, sizes: Mapping[str, int]) -> int:
@@ -138,7 +152,9 @@ class FreezeShapes(Pass):
         value.shape = ir.Shape(dims)
         return bound
 
-    def _constant_content(self, value: ir.Value) -> tuple[NDArray[np.generic], str] | None:
+    def _constant_content(
+        self, value: ir.Value, past: int
+    ) -> tuple[NDArray[np.generic], str] | None:
         """What an input always is once its shape is fixed, or None for a real input."""
         shape = static_shape(value)
         if shape is None or value.dtype is None or value.name in self.keep_inputs:
@@ -150,9 +166,8 @@ class FreezeShapes(Pass):
             case "attention_mask" if len(shape) == 2:
                 return np.ones(shape, dtype), "1 everywhere"
             case "position_ids" if len(shape) == 2:
-                start = self.past_length
-                row = np.arange(start, start + shape[1], dtype=dtype)
-                return np.broadcast_to(row, shape), f"{start} … {start + shape[1] - 1}"
+                row = np.arange(past, past + shape[1], dtype=dtype)
+                return np.broadcast_to(row, shape), f"{past} … {past + shape[1] - 1}"
             case "token_type_ids":
                 return np.zeros(shape, dtype), "0 everywhere"
         return None

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, name_of, set_constant
 from qnpu.compiler.hadamard import rotation_matrix
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.rules import NoHadamard, StreamNotRotated, ValuesNotRotated
+from qnpu.compiler.rotated_caches import CacheRotation, mark_rotated
+from qnpu.compiler.rules import NoHadamard, RotatedCache, StreamNotRotated, ValuesNotRotated
 from qnpu.compiler.topology import (
     Blocker,
     DecoderTopology,
@@ -53,11 +54,16 @@ class FuseRotation(Pass):
     the stream or anything but embeddings and linears writes it (QN201), where a value path is not
     reshapes alone (QN202), or on a model that carries the mark of an earlier run.
 
+    A cache of values, a graph input joined to the new ones or a graph output of them, holds V·R2
+    afterwards (QN205). R2 depends on the seed and the layer's number alone, so that the caches of
+    a prefill graph and of a decode graph of one model agree.
+
     Attributes:
         residual: rotate the stream (R1).
         values: rotate the attention values (R2).
         seed: of the first try.
         tries: seeds to choose R1 from.
+        rotate_caches: rotate values that a cache holds; else their attention stays (QN202).
     """
 
     name: ClassVar[str] = "fuse-rotation"
@@ -68,6 +74,7 @@ class FuseRotation(Pass):
     values: bool = True
     seed: int = 0
     tries: int = 8
+    rotate_caches: bool = True
 
     def run(self, compilation: Compilation) -> int:
         model = compilation.model
@@ -128,18 +135,28 @@ class FuseRotation(Pass):
     def _rotate_values(
         self, compilation: Compilation, topology: DecoderTopology, done: list[str]
     ) -> int:
-        compilation.diagnostics += [
-            ValuesNotRotated(b.reason).at(node=b.where) for b in topology.value_blockers
+        kept = [] if self.rotate_caches else [p for p in topology.value_paths if p.caches]
+        blockers = [
+            *topology.value_blockers,
+            *(Blocker("a cache holds the values", name_of(path.matmul)) for path in kept),
         ]
-        for index, path in enumerate(topology.value_paths):
-            rotation, hadamard = rotation_matrix(path.head_dim, self.seed + index)
+        compilation.diagnostics += [ValuesNotRotated(b.reason).at(node=b.where) for b in blockers]
+        paths = [p for p in topology.value_paths if self.rotate_caches or not p.caches]
+        caches: dict[str, CacheRotation] = {}
+        for path in paths:
+            seed = self.seed + path.layer
+            rotation, hadamard = rotation_matrix(path.head_dim, seed)
             if not hadamard:
                 node = name_of(path.matmul)
                 compilation.diagnostics.append(NoHadamard(path.head_dim).at(node=node))
             _rotate_path(path, rotation)
-        if topology.value_paths:
+            for cache in path.caches:
+                caches[name_of(cache)] = CacheRotation(path.head_dim, seed)
+        compilation.diagnostics += [RotatedCache(name).at(value=name) for name in caches]
+        mark_rotated(compilation.model, caches)
+        if paths:
             done.append(f"r2={self.seed}")
-        return len(topology.value_paths)
+        return len(paths)
 
 
 def _gains(stream: ResidualStream) -> list[Blocker]:

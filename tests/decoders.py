@@ -61,9 +61,14 @@ def _exported(architecture: str, exporter: str) -> ir.Model:
 
 @lru_cache(maxsize=16)
 def _canonical(architecture: str, exporter: str) -> ir.Model:
-    model = exported(architecture, exporter)
-    config = CompileConfig(seq_len=LENGTH, rotate=False)
-    passes = default_passes(config, TokenWindows(np.zeros((1, LENGTH), np.int64)))
+    return canonicalized(exported(architecture, exporter))
+
+
+def canonicalized(model: ir.Model, length: int = LENGTH, past: int = 0) -> ir.Model:
+    """The model itself, at a number of tokens behind as many past ones."""
+    dims = {"past_sequence_length": past} if past else {}
+    config = CompileConfig(seq_len=length, rotate=False, freeze_dims=dims)
+    passes = default_passes(config, TokenWindows(np.zeros((1, length), np.int64)))
     floats = [item for item in passes if item.produces is Stage.FLOAT]
     run_passes(floats, Compilation(model), after_pass=lambda done: None)
     return model
@@ -309,19 +314,57 @@ STREAM_FREE: dict[str, tuple[list[Change], More]] = {
     "gain of two norms": ([("n2 =", "n2 = RMSNormalization(y, g1)")], {}),
 }
 
+PAST = ", float[1, 3, 4] past"
+JOINED: list[Change] = [
+    ("p =", "s2 = Concat<axis: int = 2>(s, s)  p = Softmax(s2)"),
+    ("a =", "vc = Concat<axis: int = 1>(past, v)  a = MatMul(p, vc)"),
+]
+BEHIND = ("a =", "vc = Concat<axis: int = 1>(v, past)  a = MatMul(p, vc)")
+
+VALUES_CACHED: dict[str, tuple[list[Change], More, set[str]]] = {
+    "handed out": ([], {"outputs": ", float[1, 3, 4] v"}, {"v"}),
+    "taken in": (JOINED, {"inputs": PAST}, {"past"}),
+    "taken in and handed out": (
+        JOINED,
+        {"inputs": PAST, "outputs": ", float[1, 6, 4] vc"},
+        {"past", "vc"},
+    ),
+    "past behind the new": ([JOINED[0], BEHIND], {"inputs": PAST}, {"past"}),
+}
+"""How a cache of values is held; the last item names its inputs and outputs."""
+
 VALUES_BLOCKED: dict[str, tuple[list[Change], More]] = {
     "read by someone else": ([("d =", "dv = Add(n1, v)  d = MatMul(r, down)")], {}),
-    "an output": ([], {"outputs": ", float[1, 3, 4] v"}),
     "through an activation": ([("a =", "vr = Relu(v)  a = MatMul(p, vr)")], {}),
     "heads through an activation": ([("o =", "ar = Relu(a)  o = MatMul(ar, wo)")], {}),
     "heads taken twice": ([("d =", "d = MatMul(r, down)  e = Exp(a)")], {}),
     "heads an output": ([], {"outputs": ", float[1, 3, 4] a"}),
-    "with a cache": (
+    "a cache read elsewhere": (
+        [*JOINED, ("d =", "e = Exp(past)  d = MatMul(r, down)")],
+        {"inputs": PAST},
+    ),
+    "a cache handed through": (JOINED, {"inputs": PAST, "outputs": PAST}),
+    "a cache with a default": (
+        JOINED,
+        {"inputs": PAST, "constants": f", {tensor('past', 1, 3, 4)}"},
+    ),
+    "a constant past": (JOINED, {"constants": f", {tensor('past', 1, 3, 4)}"}),
+    "two caches": (
         [
-            ("p =", "s2 = Concat<axis: int = 2>(s, s)  p = Softmax(s2)"),
-            ("a =", "vc = Concat<axis: int = 1>(past, v)  a = MatMul(p, vc)"),
+            ("p =", "s3 = Concat<axis: int = 2>(s, s, s)  p = Softmax(s3)"),
+            ("a =", "vc = Concat<axis: int = 1>(past, v, older)  a = MatMul(p, vc)"),
         ],
-        {"inputs": ", float[1, 3, 4] past"},
+        {"inputs": f"{PAST}, float[1, 3, 4] older"},
+    ),
+    "a cache of other features": (
+        [
+            ("a =", "vc = Concat<axis: int = -1>(past, v)  ac = MatMul(p, vc)"),
+            ("o =", "a = Slice(ac, start, stop, axis)  o = MatMul(a, wo)"),
+        ],
+        {
+            "inputs": PAST,
+            "constants": ", int64[1] start = {4}, int64[1] stop = {8}, int64[1] axis = {2}",
+        },
     ),
     "weight of another linear": ([("u =", "u0 = MatMul(n2, wv)  u = MatMul(n2, up)")], {}),
     "weight of the heads shared": ([("u =", "u0 = MatMul(n2, wo)  u = MatMul(n2, up)")], {}),

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, name_of, set_constant
 from qnpu.compiler.hadamard import rotation_matrix
 from qnpu.compiler.pass_base import Compilation
+from qnpu.compiler.rotated_caches import CacheRotation, rotated_caches, turn_caches
 from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.verify import verify_stage
-from qnpu.models.tiny_decoder import ARCHITECTURES
+from qnpu.models.tiny_decoder import ARCHITECTURES, HEAD_DIM
 from qnpu.passes.fold_norm_scale import FoldNormScale
 from qnpu.passes.fuse_rotation import MARK, FuseRotation, rotate_axis
 from tests.conftest import Array, apply, parse, relative_error, run_model
@@ -23,8 +24,10 @@ from tests.decoders import (
     STREAM_FREE,
     TIED,
     VALUES_BLOCKED,
+    VALUES_CACHED,
     Change,
     canonical,
+    canonicalized,
     exported,
     fused,
     serialized,
@@ -33,6 +36,7 @@ from tests.decoders import (
     toy,
     toy_feeds,
 )
+from tests.genai_decoder import genai_decoder
 
 # Measured, fold-norm-scale included: 2.9e-7 (gemma3) to 8.3e-7 (llama by optimum).
 BOUND = 3e-6
@@ -66,8 +70,10 @@ def rotate(model: ir.Model, transform: FuseRotation | None = None) -> tuple[int,
 def check_equal(before: ir.Model, after: ir.Model) -> None:
     feeds = some_tokens(before)
     expected, actual = run_model(before, feeds), run_model(after, feeds)
-    for old, new in zip(expected, actual, strict=True):
-        assert relative_error(new, old) <= BOUND
+    caches = rotated_caches(after)
+    for value, old, new in zip(after.graph.outputs, expected, actual, strict=True):
+        cache = caches.get(name_of(value))
+        assert relative_error(cache.apply(new, back=True) if cache else new, old) <= BOUND
     np.testing.assert_array_equal(actual[0].argmax(-1), expected[0].argmax(-1))
 
 
@@ -89,13 +95,119 @@ def test_every_tiny_decoder(architecture: str) -> None:
     assert serialized(model) == once
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_optimum_export_with_a_cache_gets_r1_alone(architecture: str) -> None:
+# --- caches ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_optimum_export_with_a_cache(architecture: str) -> None:
     before = canonical(architecture, "optimum")
     assert len(before.graph.outputs) == 5
     model = before.clone()
-    assert rotate(model) == (1, ["QN202", "QN202"])
+    post_norms = architecture == "gemma3"
+    codes = ["QN201"] * (4 if post_norms else 0) + ["QN205"] * 2
+    assert rotate(model) == (2 if post_norms else 3, codes)
+    assert set(rotated_caches(model)) == {"present.0.value", "present.1.value"}
     check_equal(before, model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_caches_left_alone(architecture: str) -> None:
+    before = canonical(architecture, "optimum")
+    model = before.clone()
+    assert rotate(model, FuseRotation(rotate_caches=False)) == (1, ["QN202", "QN202"])
+    assert rotated_caches(model) == {}
+    check_equal(before, model)
+
+
+def two_steps(prefill: ir.Model, decode: ir.Model) -> tuple[Array, Array]:
+    """Logits of a prompt, and of two tokens that take the prompt's caches as their past."""
+    prompt = run_model(prefill, some_tokens(prefill))
+    names = [name_of(value) for value in prefill.graph.outputs]
+    present = dict(zip(names, prompt, strict=True))
+    feeds = {
+        name_of(value): present[name_of(value).replace("past_key_values", "present")]
+        for value in decode.graph.inputs[1:]
+    }
+    return prompt[0], run_model(decode, {"input_ids": np.array([[7, 3]])} | feeds)[0]
+
+
+CACHED = ["llama", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "genai"]
+
+
+@pytest.mark.parametrize("architecture", CACHED)
+def test_a_prefill_feeds_a_decode_step(architecture: str) -> None:
+    """Caches agree between two graphs of one model, without a word about it between them."""
+
+    def step(length: int, past: int = 0) -> ir.Model:
+        if architecture == "genai":
+            return canonicalized(genai_decoder(), length, past)
+        return canonicalized(exported(architecture, "optimum"), length, past)
+
+    plain, turned = (step(8), step(2, 8)), (step(8), step(2, 8))
+    counts = [rotate(model)[0] for model in turned]
+    assert counts[0] == counts[1] == (2 if architecture == "gemma3" else 3)
+    expected, actual = two_steps(*plain), two_steps(*turned)
+    for old, new in zip(expected, actual, strict=True):
+        assert relative_error(new, old) <= BOUND
+        np.testing.assert_array_equal(new.argmax(-1), old.argmax(-1))
+    mixed = two_steps(turned[0], plain[1])[1]
+    assert relative_error(mixed, expected[1]) > 0.1  # a cache of one graph is not the other's
+
+
+def test_a_decode_step_sees_the_past() -> None:
+    """Positions and mask behind a past are right: one run over all tokens gives the same."""
+
+    def step(length: int, past: int = 0) -> ir.Model:
+        return canonicalized(exported("llama", "optimum"), length, past)
+
+    whole = step(10)
+    ids = np.concatenate([some_tokens(step(8))["input_ids"], [[7, 3]]], axis=1)
+    expected = run_model(whole, {"input_ids": ids})[0][:, 8:]
+    assert relative_error(two_steps(step(8), step(2, 8))[1], expected) <= BOUND
+
+
+def test_the_seed_of_a_cache_is_its_layers_whatever_is_blocked_before() -> None:
+    model = canonical("llama", "optimum")
+    first = found(model).value_paths[0].matmul.inputs[1]
+    assert first is not None
+    reader = ir.node("Exp", [first], name="reader")
+    reader.outputs[0].name = "read"
+    model.graph.append(reader)
+    codes = rotate(model, FuseRotation(seed=3))[1]
+    assert codes == ["QN202", "QN205"]
+    assert rotated_caches(model) == {"present.1.value": CacheRotation(HEAD_DIM, 4)}
+
+
+@pytest.mark.parametrize("why", VALUES_CACHED)
+def test_a_cache_holds_rotated_values(why: str) -> None:
+    changes, more, names = VALUES_CACHED[why]
+    before, model = toy(*changes, **more), toy(*changes, **more)
+    compilation = Compilation(model)
+    assert FuseRotation(residual=False).run(compilation) == 1
+    assert {d.code for d in compilation.diagnostics} == {"QN205"}
+    assert (
+        {d.location.value for d in compilation.diagnostics} == names == set(rotated_caches(model))
+    )
+    feeds = toy_feeds(model)
+    results = run_model(model, turn_caches(model, feeds))
+    outputs = [name_of(value) for value in model.graph.outputs]
+    back = turn_caches(model, dict(zip(outputs, results, strict=True)), back=True)
+    for name, old, raw in zip(outputs, run_model(before, feeds), results, strict=True):
+        assert relative_error(back[name], old) <= TOY_BOUND
+        assert (name in names) == (relative_error(raw, old) > 0.1)
+
+
+@pytest.mark.parametrize("why", VALUES_CACHED)
+def test_a_cache_that_must_stay_blocks_the_values(why: str) -> None:
+    changes, more, _ = VALUES_CACHED[why]
+    model = toy(*changes, **more)
+    before, compilation = serialized(model), Compilation(model)
+    assert FuseRotation(residual=False, rotate_caches=False).run(compilation) == 0
+    assert serialized(model) == before
+    assert [d.code for d in compilation.diagnostics] == ["QN202"]
+
+
+# --- in other pipelines ---
 
 
 # The head of a gpt2 that was not canonicalized is a Transpose of the embedding: no R1.

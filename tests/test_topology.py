@@ -26,12 +26,16 @@ from tests.decoders import (
     STREAM_FREE,
     TIED,
     VALUES_BLOCKED,
+    VALUES_CACHED,
     Change,
     canonical,
+    canonicalized,
+    exported,
     fused,
     tensor,
     toy,
 )
+from tests.genai_decoder import genai_decoder
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,52 @@ def test_every_tiny_decoder(architecture: str) -> None:
     assert all(kinds[name] == "RMSNormalization" for name in norms)
 
 
-def test_optimum_export_with_a_cache_hands_its_values_out() -> None:
-    topology = discover(canonical("llama", "optimum").graph)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_optimum_export_hands_its_values_out(architecture: str) -> None:
+    topology = discover(canonical(architecture, "optimum").graph)
     assert topology is not None
-    assert topology.stream.blockers == []
-    assert len(topology.stream.sources) == len(topology.stream.sinks) == 5
+    assert topology.value_blockers == []
+    caches = [[name_of(cache) for cache in path.caches] for path in topology.value_paths]
+    assert caches == [["present.0.value"], ["present.1.value"]]
+    assert [path.layer for path in topology.value_paths] == [0, 1]
+
+
+def test_a_decode_step_takes_its_values_in_and_hands_them_out() -> None:
+    topology = discover(canonicalized(exported("llama", "optimum"), 2, 5).graph)
+    assert topology is not None
+    caches = [{name_of(cache) for cache in path.caches} for path in topology.value_paths]
+    assert caches == [{f"present.{i}.value", f"past_key_values.{i}.value"} for i in (0, 1)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_graph_of_the_genai_builder(packed: bool, past: int) -> None:
+    topology = discover(canonicalized(genai_decoder(packed=packed), 3, past).graph)
+    assert topology is not None
+    assert topology.stream.blockers == topology.value_blockers == []
+    linears = (1, 2, 1, 2, 1) if packed else (3, 2, 3, 2, 1)
+    assert tuple(len(sink.linears) for sink in topology.stream.sinks) == linears
+    assert len(topology.stream.sources) == 5
+    assert [path.columns for path in topology.value_paths] == [(96, 128) if packed else (0, 32)] * 2
+    assert [path.head_dim for path in topology.value_paths] == [16, 16]
+    assert all(len(path.caches) == 1 + bool(past) for path in topology.value_paths)
+
+
+@pytest.mark.parametrize("why", VALUES_CACHED)
+def test_caches_of_values(why: str) -> None:
+    changes, more, names = VALUES_CACHED[why]
+    topology = discover(toy(*changes, **more).graph)
+    assert topology is not None
+    (path,) = topology.value_paths
+    assert {name_of(cache) for cache in path.caches} == names
+
+
+def test_an_attention_in_one_operator_blocks_the_values() -> None:
+    node = "a = Attention<q_num_heads: int = 1, kv_num_heads: int = 1>(q, k, v)"
+    topology = discover(toy(("kt =", ""), ("s =", ""), ("p =", ""), ("a =", node)).graph)
+    assert topology is not None
+    assert [blocker.where for blocker in topology.value_blockers] == ["a"]
     assert topology.value_paths == []
-    assert len(topology.value_blockers) == 2
 
 
 def test_rows_that_describe_a_decoder() -> None:
@@ -175,7 +218,7 @@ def values_blocked(model: ir.Model) -> bool:
     topology = discover(model.graph)
     assert topology is not None
     assert len(topology.value_paths) + len(topology.value_blockers) == 1
-    assert [b.where for b in topology.value_blockers] in ([], ["a"], ["wv"], ["wo"], ["v1"])
+    assert [b.where for b in topology.value_blockers] in ([], ["a"], ["ac"], ["wv"], ["wo"], ["v1"])
     return bool(topology.value_blockers)
 
 
