@@ -11,6 +11,7 @@ exceeded; run nothing else meanwhile.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,17 +29,19 @@ from rich.table import Table
 
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.console import peak_rss_bytes
-from qnpu.compiler.inputs import export, text_windows
-from qnpu.compiler.pass_base import Compilation, Pass, no_progress, run_passes
+from qnpu.compiler.inputs import text_windows
+from qnpu.compiler.pass_base import Compilation, Pass, run_passes
 from qnpu.compiler.pipeline import LOGITS, canonical_passes
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.fold_norm_scale import FoldNormScale
 from qnpu.passes.fuse_rotation import FuseRotation
+from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.perplexity import Perplexity, next_token_loss
 from qnpu.runtime_check.segments import SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds
 
+_EXPORT = Path(sys.executable).parent / "qnpu-export"
 _DIGITS = 5e-5  # half a unit of the fourth digit behind the first
 _DELTA = 1e-4
 
@@ -68,23 +71,27 @@ def main(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the rotations.")] = 0,
+    online: Annotated[str, typer.Option(help="Rotations to run online: r3, r4 or r3,r4.")] = "",
     seconds: Annotated[float, typer.Option(help="Limit of the passes' time.")] = 60.0,
     gibibytes: Annotated[float, typer.Option(help="Limit of peak RSS.")] = 2.5,
 ) -> None:
     """Rotate, note the cost, then run the graph as loaded beside the rotated one."""
     console = Console(soft_wrap=True)
-    config = CompileConfig(seq_len=seq_len, seed=seed)
+    kinds = tuple(online.split(",") if online else ())
+    config = CompileConfig(seq_len=seq_len, seed=seed, online=kinds)
     source = resolve(model)
     with TemporaryDirectory(prefix="qnpu-rotation-") as folder:
         path = Path(source.location)
         if source.kind != "onnx":
             path = Path(folder, f"{source.name}.onnx")
-            export(source, path, config, no_progress)
+            # in a process of its own, whose memory is not counted here
+            options = ["--seq-len", str(seq_len), "--out", str(path), "--json"]
+            subprocess.run([_EXPORT, model, *options], check=True, stdout=subprocess.DEVNULL)
         # read again for the comparison: the first copy's old weights must be free to go
         compilation = _canonical(path, config)
         loaded = peak_rss_bytes()
         started = time.perf_counter()
-        counts = _run([FoldNormScale(), FuseRotation(seed=seed)], compilation)
+        counts = _run(_rotations(config), compilation)
         spent, peak = time.perf_counter() - started, peak_rss_bytes()
         before = _canonical(path, config).model
         found, about = text_windows(
@@ -118,6 +125,11 @@ def _verdict(fits: bool) -> str:
     return "pass" if fits else "FAIL"
 
 
+def _rotations(config: CompileConfig) -> list[Pass]:
+    passes: list[Pass] = [FoldNormScale(), FuseRotation(seed=config.seed)]
+    return [*passes, InsertHadamard(config.online, config.seed)] if config.online else passes
+
+
 def _canonical(path: Path, config: CompileConfig) -> Compilation:
     compilation = Compilation(load_onnx(path))
     _run(canonical_passes(config), compilation)
@@ -144,8 +156,9 @@ def _compare(before: ir.Model, after: ir.Model, windows: TokenWindows) -> Equiva
         agreed.append(float((first == second).mean()))
         for row in np.flatnonzero(first != second):
             margin = max(margin, float(old[row, first[row]] - old[row, second[row]]))
-    perplexities = (Perplexity.of(kept) for kept in losses)
-    return Equivalence(*perplexities, delta / peak, float(np.mean(agreed)), margin / peak)
+    first_value, second_value = (Perplexity.of(kept) for kept in losses)
+    agreement = float(np.mean(agreed))
+    return Equivalence(first_value, second_value, delta / peak, agreement, margin / peak)
 
 
 def _logits(model: ir.Model, feeds: Sequence[Feeds]) -> Iterator[Array]:

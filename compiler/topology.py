@@ -139,13 +139,13 @@ def discover(graph: ir.Graph) -> DecoderTopology | None:
     Of several tables that are looked up, the one that most norms and linears read starts the
     stream: the others may hold positions or rotary angles.
 
+    A graph that takes embeddings as an input has no such table: its stream is empty and blocked.
+
     Returns:
-        None where there is no such table, or neither norms and linears behind it nor attention.
+        None where there are neither norms and linears behind such a table nor attention.
     """
     streams = [_discover_stream(graph, node) for node in graph if _is_embedding(node)]
-    stream = max(streams, key=lambda found: len(found.sinks), default=None)
-    if stream is None:
-        return None
+    stream = max(streams, key=lambda found: len(found.sinks), default=_no_stream(graph))
     paths: list[ValuePath] = []
     blockers: list[Blocker] = []
     for node in graph:
@@ -227,6 +227,25 @@ def untie(graph: ir.Graph, linear: Linear) -> Linear:
     return replace(linear, weight=weight)
 
 
+def own_biases(graph: ir.Graph) -> int:
+    """Gives each linear a bias of its own where several share one, as all-zero ones often do.
+
+    Returns:
+        How many biases were copied.
+    """
+    count = 0
+    for node in graph:
+        linear = as_linear(node)
+        bias = linear.bias if linear is not None else None
+        data = constant_array(bias)
+        if bias is None or data is None or len(bias.uses()) == 1 or bias.is_graph_input():
+            continue
+        copy = add_initializer(graph, f"{name_of(node)}_bias", data)
+        node.replace_input_with(2, copy)
+        count += 1
+    return count
+
+
 def has_foreign_bias(linear: Linear) -> bool:
     """It adds something else than a constant of one number per output feature."""
     has_third = len(linear.node.inputs) > 2 and linear.node.inputs[2] is not None
@@ -253,13 +272,26 @@ def _is_embedding(node: ir.Node) -> bool:
 
 
 def keeps_features(node: ir.Node) -> bool:
-    """Reshape, Identity or the like that keeps every row of the last axis whole."""
-    if node.op_type not in ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
-        return False
+    """Reshape, Identity, a choice of rows: each row of the last axis left is whole."""
     if not is_standard(node):
+        return False
+    plain = node.op_type in ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+    if not plain and not _selects_rows(node):
         return False
     width = last_dimension(node.inputs[0])
     return width is not None and width == last_dimension(node.outputs[0])
+
+
+def _selects_rows(node: ir.Node) -> bool:
+    """A Slice or Gather of an activation that leaves its last axis alone: the last token, say."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or source.is_initializer() or source.shape is None:
+        return False
+    last = len(source.shape) - 1
+    if node.op_type == "Gather":
+        return node.attributes.get_int("axis", 0) not in (-1, last)
+    axes = constant_array(node.inputs[3]) if len(node.inputs) > 3 else None
+    return node.op_type == "Slice" and axes is not None and not {-1, last} & set(axes.tolist())
 
 
 def scaled_source(node: ir.Node) -> ir.Value | None:
@@ -389,6 +421,11 @@ def _discover_stream(graph: ir.Graph, embedding: ir.Node) -> ResidualStream:
     stream = search.finish()
     stream.blockers += _shared_weights(stream)
     return stream
+
+
+def _no_stream(graph: ir.Graph) -> ResidualStream:
+    where = next((name_of(value) for value in graph.inputs if is_float(value)), "")
+    return ResidualStream(0, blockers=[Blocker("no embedding is looked up in this graph", where)])
 
 
 def _shared_weights(stream: ResidualStream) -> list[Blocker]:

@@ -28,6 +28,7 @@ from qnpu.compiler.topology import (
     input_axis,
     is_tied,
     linears_behind,
+    own_biases,
     untie,
 )
 from qnpu.passes.canonicalize import OPSET, bias_into_gemm
@@ -47,7 +48,7 @@ class FoldNormScale(Pass):
     A LayerNorm becomes an RMSNorm where every source of the residual stream can be centred: with
     W(I - 11ᵀ/H) in the sources the stream's mean is zero, so subtracting it does nothing. Folds in
     float64, stores the weight's own type, one weight at a time (quantnpu.md §0). A linear tied to
-    the embedding gets a weight of its own first.
+    the embedding gets a weight of its own first, linears that share a bias get one each.
 
     Must not fire where a norm's result goes elsewhere than to linears or is not over the last axis
     alone, where a weight or a bias to be changed has another user, where a Gemm scales what a bias
@@ -63,7 +64,10 @@ class FoldNormScale(Pass):
         topology = discover(graph)
         if topology is None:
             return 0
-        count = _centre(graph, topology.stream)
+        count = own_biases(graph)
+        if count:  # biases that blocked the stream are free now
+            topology = discover(graph) or topology
+        count += _centre(graph, topology.stream)
         for node in list(graph):
             count += _fold(graph, node)
         return count

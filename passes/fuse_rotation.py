@@ -21,6 +21,7 @@ from qnpu.compiler.topology import (
     ValuePath,
     discover,
     input_axis,
+    own_biases,
     untie,
 )
 
@@ -48,7 +49,7 @@ class FuseRotation(Pass):
     Of ``tries`` seeds for R1 the one is kept whose rotated stream is flattest: least
     max / mean of diag(R1ᵀ·C·R1), C = Σ WᵀW over all sources, a data-free stand-in for the stream's
     second moment. Folds in float64, stores the weight's own type, one weight at a time. A linear
-    tied to the embedding gets a weight of its own first.
+    tied to the embedding gets a weight of its own first, linears that share a bias get one each.
 
     Must not fire where a norm on the stream has a gain, where anything but norms and linears reads
     the stream or anything but embeddings and linears writes it (QN201), where a value path is not
@@ -81,13 +82,15 @@ class FuseRotation(Pass):
         topology = discover(model.graph) if MARK not in model.metadata_props else None
         if topology is None or not (self.residual or self.values):
             return 0
-        count = 0
+        count = own_biases(model.graph)
+        if count:  # biases that blocked a rotation are free now
+            topology = discover(model.graph) or topology
         done: list[str] = []
         if self.residual:
             count += self._rotate_stream(compilation, topology.stream, done)
         if self.values:
             count += self._rotate_values(compilation, topology, done)
-        if count:
+        if done:
             model.metadata_props[MARK] = " ".join(done)
         return count
 

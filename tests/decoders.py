@@ -246,10 +246,18 @@ STREAM_BLOCKED: dict[str, tuple[str, list[Change], More]] = {
         [("d =", GEMM)],
         {"constants": ROWS, "inputs": ", float[4] c"},
     ),
-    "slice of the stream": (
-        "last",
-        [("n3 =", "last = Slice(z, start, stop, axis)  n3 = RMSNormalization(z, g3)")],
-        {"constants": ", int64[1] start = {2}, int64[1] stop = {3}, int64[1] axis = {1}"},
+    "features in another order": (
+        "t",
+        [("n3 =", "t = Slice(z, start, stop, axis, step)  n3 = RMSNormalization(t, g3)")],
+        {
+            "constants": ", int64[1] start = {-1}, int64[1] stop = {-99}, int64[1] axis = {2}"
+            ", int64[1] step = {-1}"
+        },
+    ),
+    "features picked": (
+        "t",
+        [("n3 =", "t = Gather<axis: int = -1>(z, picks)  n3 = RMSNormalization(t, g3)")],
+        {"constants": ", int64[4] picks = {3, 1, 0, 2}"},
     ),
     "division by the stream": (
         "t",
@@ -310,6 +318,21 @@ STREAM_FREE: dict[str, tuple[list[Change], More]] = {
             )
         ],
         {"constants": ", int64[2] flat = {3, 4}, int64[3] b = {1, 3, 4}"},
+    ),
+    "tokens in another order": (
+        [("n3 =", "last = Slice(z, start, stop, axis, step)  n3 = RMSNormalization(last, g3)")],
+        {
+            "constants": ", int64[1] start = {-1}, int64[1] stop = {-99}, int64[1] axis = {1}"
+            ", int64[1] step = {-1}"
+        },
+    ),
+    "tokens picked": (
+        [("n3 =", "last = Gather<axis: int = 1>(z, picks)  n3 = RMSNormalization(last, g3)")],
+        {"constants": ", int64[3] picks = {2, 2, 0}"},
+    ),
+    "tokens picked behind the last norm": (
+        [("logits =", "last = Gather<axis: int = 1>(n3, picks)  logits = MatMul(last, head)")],
+        {"constants": ", int64[3] picks = {2, 2, 0}"},
     ),
     "gain of two norms": ([("n2 =", "n2 = RMSNormalization(y, g1)")], {}),
 }
@@ -420,3 +443,23 @@ def fused(*changes: Change, outputs: str = "") -> ir.Model:
     lines = SLICED | dict(changes)
     q = f"{lines.pop('qkv =')}  {lines.pop('q =')}"
     return toy(("q =", q), *lines.items(), constants=AT, outputs=outputs)
+
+
+def embedded() -> ir.Model:
+    """The toy decoder with embeddings for an input, as the language half of a larger model."""
+    return toy(("x =", "x = Identity(embeddings)"), inputs=", float[1, 3, 4] embeddings")
+
+
+def shared_biases(bias: str = "0, 0, 0, 0") -> ir.Model:
+    """The toy decoder with one bias for its V, O and down projections, as left by deduplication."""
+    changes = [
+        (
+            f"{name} =",
+            f"{name}2 = Reshape({x}, flat)  {name}1 = Gemm({name}2, {w}, zeros)"
+            f"  {name} = Reshape({name}1, back)",
+        )
+        for name, x, w in (("v", "n1", "wv"), ("o", "a", "wo"))
+    ]
+    changes += [("d =", "d2 = Reshape(r, wide)  d1 = Gemm(d2, down, zeros)  d = Reshape(d1, back)")]
+    constants = ", int64[2] flat = {3, 4}, int64[2] wide = {3, 8}, int64[3] back = {1, 3, 4}"
+    return toy(*changes, constants=constants + f", float[4] zeros = {{{bias}}}")

@@ -374,8 +374,8 @@ def test_a_tied_head_takes_the_gain_alone() -> None:
         # a linear's bias that cannot take it
         LAYER.replace("ids)", "ids, float[2] other)", 1).replace("w, c)", "w, other)"),
         LAYER.replace("float[2] c = {10, 20}", "float[1, 2] c = {10, 20}"),
-        # … or that another node uses
-        LAYER.replace("y = Gemm(m, w, c)", "y1 = Gemm(m, w, c)  y = Add(y1, c)"),
+        # … or that someone outside sees
+        LAYER.replace("float[2, 2] y)", "float[2, 2] y, float[2] c)"),
         # the norm hands out its mean
         LAYER.replace("[n] n =", "n, mean =").replace(
             "float[2, 2] y)", "float[2, 2] y, float[1, 2, 1] mean)"
@@ -387,6 +387,17 @@ def test_must_not_fire(text: str) -> None:
     before = serialized(model)
     assert apply(FoldNormScale(), model) == 0
     assert serialized(model) == before
+
+
+def test_a_bias_that_others_use_is_copied_first() -> None:
+    """The Add keeps the old one."""
+    text = HEADER + LAYER.replace("y = Gemm(m, w, c)", "y1 = Gemm(m, w, c)  y = Add(y1, c)")
+    before, model = parse(text), parse(text)
+    assert apply(FoldNormScale(), model) == 2  # a bias, a norm
+    feeds = {"ids": np.array([[0, 1]])}
+    (expected,), (actual,) = run_model(before, feeds), run_model(model, feeds)
+    assert relative_error(actual, expected) <= 5e-7
+    assert apply(FoldNormScale(), model) == 0
 
 
 RUNNABLE = [

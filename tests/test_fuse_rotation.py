@@ -28,9 +28,11 @@ from tests.decoders import (
     Change,
     canonical,
     canonicalized,
+    embedded,
     exported,
     fused,
     serialized,
+    shared_biases,
     some_tokens,
     stream_values,
     toy,
@@ -503,6 +505,26 @@ def test_a_tied_head_is_rotated_once() -> None:
     table, head = weights(model)["embed"], weights(model)["embed_untied"]
     np.testing.assert_array_equal(head, table)  # V x H both, E·R1 both
     assert apply(FuseRotation(), model) == 0
+
+
+@pytest.mark.parametrize("bias", ["0, 0, 0, 0", "1, 2, 3, 4"])
+def test_a_bias_of_several_linears(bias: str) -> None:
+    before, model = shared_biases(bias), shared_biases(bias)
+    apply(FoldNormScale(), model)
+    assert rotate(model) == (2, [])
+    feeds = toy_feeds(model)
+    assert relative_error(run_model(model, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
+    alone = shared_biases(bias)
+    assert apply(FuseRotation(residual=False), alone) == 3  # two biases, one R2
+    assert relative_error(run_model(alone, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
+    assert apply(FuseRotation(residual=False), alone) == 0
+
+
+def test_embeddings_as_an_input_leave_the_values() -> None:
+    before, model = embedded(), embedded()
+    assert rotate(model) == (1, ["QN201"])
+    feeds = toy_feeds(model)
+    assert relative_error(run_model(model, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
 
 
 # --- must not fire ---

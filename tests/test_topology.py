@@ -16,6 +16,7 @@ from qnpu.compiler.topology import (
     discover,
     input_axis,
     linears_behind,
+    own_biases,
     untie,
 )
 from qnpu.models.tiny_decoder import ARCHITECTURES, HEAD_DIM
@@ -30,8 +31,10 @@ from tests.decoders import (
     Change,
     canonical,
     canonicalized,
+    embedded,
     exported,
     fused,
+    shared_biases,
     tensor,
     toy,
 )
@@ -359,3 +362,24 @@ def test_a_transpose_of_the_features_blocks_the_values() -> None:
     transposed = "vt = Transpose<perm: ints = [0, 2, 1]>(v)  a = MatMul(p, vt)"
     assert not values_blocked(toy(width=3))
     assert values_blocked(toy(("a =", transposed), width=3))
+
+
+def test_a_graph_that_takes_embeddings_has_its_values_alone() -> None:
+    topology = discover(embedded().graph)
+    assert topology is not None
+    assert (topology.stream.width, topology.stream.sources, topology.stream.sinks) == (0, [], [])
+    assert [blocker.where for blocker in topology.stream.blockers] == ["embeddings"]
+    assert len(topology.value_paths) == 1
+
+
+def test_linears_that_share_a_bias_get_one_each() -> None:
+    model = shared_biases()
+    graph = model.graph
+    gemms = [node for node in graph if node.op_type == "Gemm"]
+    assert len(gemms) == 3
+    assert {name_of(node.inputs[2]) for node in gemms if node.inputs[2]} == {"zeros"}
+    assert "zeros" in stream_blockers(model)
+    assert own_biases(graph) == 2
+    assert len({node.inputs[2] for node in gemms}) == 3
+    assert stream_blockers(model) == set()
+    assert own_biases(graph) == 0
