@@ -1,4 +1,4 @@
-"""Whole compiles of small random decoders of seven architectures, from torch to QDQ file.
+"""Whole compiles of small random decoders, of seven architectures and three exporters.
 
 Bounds on quality are what was measured (noted beside them), a little looser. The decoders have
 random weights and 64 features, so they say whether something is wrong, not how good it is.
@@ -29,6 +29,7 @@ from qnpu.compiler.pipeline import (
     write_result,
 )
 from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.rotated_caches import rotated_caches, turn_caches
 from qnpu.models.export import export_dynamo, export_optimum
 from qnpu.models.load import LoadedModel, load_onnx
 from qnpu.models.tiny_decoder import ARCHITECTURES, tiny_decoder
@@ -36,6 +37,7 @@ from qnpu.runtime_check.compare import cosine
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.session import Mode, open_session, run
 from tests.conftest import Array
+from tests.genai_decoder import genai_decoder
 
 TOKENS = 32
 WINDOWS = TokenWindows(np.random.default_rng(0).integers(0, 256, (4, TOKENS)))
@@ -288,8 +290,43 @@ def test_a_filled_cache_stays_an_input(tmp_path: Path) -> None:
     arrays: dict[str, Array] = {"input_ids": noise.integers(0, 256, (3, 4))}
     for name in past:
         arrays[name[:-2]] = noise.normal(size=(3, 2, 8, 16)).astype(np.float32)
-    result = compile_model(load_onnx(path), config, ArraySamples(arrays))
+    samples = ArraySamples(arrays)
+    result = compile_model(load_onnx(path), config, samples)
     names = [v.name or "" for v in result.model.graph.inputs]
     assert names == list(arrays)
     assert {str(result.bit_plan[name]) for name in names[1:]} == {"u8 asymmetric per-tensor"}
     assert float_edges(result.model) == []
+    # samples are of the source's caches; the float graph takes and gives rotated values
+    rotated = rotated_caches(result.float_model)
+    assert set(rotated) == {
+        *(f"past_key_values.{i}.value" for i in (0, 1)),
+        *(f"present.{i}.value" for i in (0, 1)),
+    }
+    assert rotated_caches(result.model) == rotated
+    data = samples.feeds(result.model.graph.inputs)[0]
+    assert check_result(result, data, []).source_error <= SOURCE_ERROR
+    actual = logits(result.model, turn_caches(result.model, data))
+    similarity = cosine(logits(result.source_model, data), actual)
+    print(f"filled cache: cosine {similarity:.5f}")
+    assert similarity >= COSINE["w8a16"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_graph_of_the_genai_builder(scheme: str) -> None:
+    """GroupQueryAttention and its like are taken apart, rotated and quantized."""
+    result = compile_model(genai_decoder(), CompileConfig(scheme=scheme, seq_len=TOKENS), WINDOWS)
+    graph = result.model.graph
+    assert [v.name for v in graph.inputs] == ["input_ids"]
+    assert {node.domain for node in graph} == {""}
+    assert float_edges(result.model) == []
+    assert check_graph(result.model) == []
+    assert set(rotated_caches(result.model)) == {"present.0.value", "present.1.value"}
+    checks = checked(result)
+    data = feeds(result)
+    similarity = cosine(logits(result.source_model, data), logits(result.model, data))
+    ratio = checks.perplexity["qdq"].value / checks.perplexity["float"].value
+    measured = f"source error {checks.source_error:.1e}, cosine {similarity:.5f}"
+    print(f"genai {scheme}: {measured}, perplexity ratio {ratio:.4f}")
+    assert checks.source_error <= SOURCE_ERROR
+    assert similarity >= COSINE[scheme]
+    assert ratio == pytest.approx(1, abs=0.08)

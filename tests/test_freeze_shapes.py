@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_edit import constant_array, static_shape
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.printer import model_to_text
 from qnpu.passes.freeze_shapes import FreezeShapes
@@ -143,6 +144,24 @@ def test_a_name_that_nothing_has_is_an_error(options: FreezeShapes) -> None:
     with pytest.raises(DiagnosticError) as caught:
         apply(options, model)
     assert caught.value.codes == ["QN503"]
+
+
+@pytest.mark.parametrize("dims", [{"past": 4}, {"past_key_0:2": 4}])
+def test_mask_and_positions_follow_the_past(dims: dict[str, int]) -> None:
+    """Its length alone is given: the mask covers it, and positions start behind it."""
+    model = parse(
+        """
+        g (int64[batch, seq] position_ids, int64[batch, all] attention_mask,
+           float[batch, 1, past, 2] past_key_0)
+            => (int64[batch, seq] p, int64[batch, all] m, float[batch, 1, past, 2] k)
+        { p = Abs(position_ids)  m = Abs(attention_mask)  k = Abs(past_key_0) }
+        """
+    )
+    assert apply(FreezeShapes(dims, sequence_length=3), model) > 0
+    assert [(v.name, static_shape(v)) for v in model.graph.inputs] == [("past_key_0", (1, 1, 4, 2))]
+    positions = constant_array(model.graph.initializers["position_ids"])
+    assert positions is not None and positions.tolist() == [[4, 5, 6]]
+    assert static_shape(model.graph.initializers["attention_mask"]) == (1, 7)
 
 
 @pytest.mark.parametrize(
