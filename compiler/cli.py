@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,23 +26,27 @@ from qnpu.compiler.console import (
     print_json,
     progress_bars,
 )
-from qnpu.compiler.diagnostics import DiagnosticError, Severity
+from qnpu.compiler.diagnostics import DiagnosticError, Severity, selected
+from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_writers
 from qnpu.compiler.graph_checks import check_graph, is_quantized
 from qnpu.compiler.graph_edit import static_shape
+from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
-from qnpu.compiler.output import REPORT_NAME, check_folder, check_overwrite
+from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.pipeline import (
     LOGITS,
     MODEL_NAME,
     CheckResult,
+    CompileResult,
     check_result,
     compile_model,
     find_topology,
     write_result,
 )
-from qnpu.compiler.rules import InvalidConfig, WouldOverwrite, manual_page
-from qnpu.compiler.target import target_names
+from qnpu.compiler.rules import InvalidConfig, WouldOverwrite, all_rules, manual_page
+from qnpu.compiler.sarif import sarif_log
+from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
@@ -84,6 +90,10 @@ def _compile(
     target: Annotated[
         str | None,
         typer.Option(help=f"NPU: {', '.join(target_names())}. Default: {_DEFAULTS.target}."),
+    ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(help=f"Further files: {', '.join(e.name for e in EMISSIONS)}; a,b for two."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path(
         "qnpu-out"
@@ -161,12 +171,14 @@ def _compile(
 ) -> None:
     """Compile a float language model into a fully static QDQ file.
 
-    Writes model.qdq.onnx, encodings.json, bit_plan.json and report.json, all or none of them.
+    Writes model.qdq.onnx, encodings.json, bit_plan.json, report.json, for a vendor's target
+    HANDOFF.md, and what --emit asks for: all or none of them.
     """
     started = time.perf_counter()
     options = {
         "scheme": scheme,
         "target": target,
+        "emit": tuple(emit.split(",") if emit else ()) if emit is not None else None,
         "calib": calib,
         "calib_windows": calib_windows,
         "seq_len": seq_len,
@@ -190,8 +202,11 @@ def _compile(
     if explain_topology:
         _print_topology(model, settings, quiet)
         return
+    profile = load_target(settings.target)
+    check_emissions(settings.emit, profile)
+    more = [emission(name).file for name in settings.emit] + [HANDOFF_NAME] * bool(profile.handoff)
     check_folder(out)
-    check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", REPORT_NAME])
+    check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", *more, REPORT_NAME])
     times: dict[str, float] = {}
 
     with (
@@ -221,6 +236,7 @@ def _compile(
                 "evaluation": evaluated,
                 "seed": settings.seed,
             },
+            _more_files(result, settings, profile),
         )
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
@@ -283,6 +299,22 @@ def _evaluation(
         settings.bos,
     )
     return windows.feeds(graph.inputs), description
+
+
+def _more_files(
+    result: CompileResult, settings: CompileConfig, target: TargetProfile
+) -> dict[str, Writer]:
+    """What ``--emit`` asks for, and then the page about all files."""
+    writers = emission_writers(settings.emit, result, target)
+    if target.handoff:
+        writers[HANDOFF_NAME] = partial(
+            write_handoff,
+            compiled=result,
+            target=target,
+            emitted=settings.emit,
+            mask_value=settings.mask_value,
+        )
+    return writers
 
 
 def _summary(
@@ -424,6 +456,23 @@ def _evaluate(
 # ------------------------------------------------------------------------------------ qnpu-check
 
 
+class CheckFormat(enum.StrEnum):
+    """What ``qnpu-check`` prints on standard output."""
+
+    TEXT = "text"
+    JSON = "json"
+    SARIF = "sarif"
+
+
+def _codes(value: list[str] | None) -> list[str]:
+    """Beginnings of codes, from one option or several; each must be one of a rule's."""
+    prefixes = [part.strip().upper() for item in value or [] for part in item.split(",")]
+    for prefix in prefixes:
+        if not prefix or not any(rule.code.startswith(prefix) for rule in all_rules()):
+            raise typer.BadParameter(f"no rule's code begins with `{prefix}`")
+    return prefixes
+
+
 @command
 def _check(
     model: Annotated[
@@ -432,10 +481,21 @@ def _check(
     explain: Annotated[
         str | None, typer.Option(metavar="CODE", help="Print the manual page of a rule and stop.")
     ] = None,
-    json: JsonOption = False,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="Codes to report, or their beginnings: QN1,QN303.", callback=_codes),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Codes to leave out; the longer beginning wins.", callback=_codes),
+    ] = None,
+    output_format: Annotated[
+        CheckFormat, typer.Option("--format", help="What to print on standard output.")
+    ] = CheckFormat.TEXT,
+    json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check an ONNX file. Exit code 0: no fault; 1: faults, all listed; 2: wrong use."""
+    """Check an ONNX file. Exit code 0: no error; 1: errors, all listed; 2: wrong use."""
     if explain is not None:
         page = manual_page(explain)
         if page is None:
@@ -446,19 +506,29 @@ def _check(
     if model is None:
         error_console().print("name an .onnx file, or a rule with --explain")
         sys.exit(EXIT_USAGE)
-    loaded = load_onnx(Path(model))
-    faults = check_graph(loaded)
-    nodes = loaded.graph.num_nodes()
-    kind = "QDQ" if is_quantized(loaded.graph) else "float"
+    about: dict[str, object] = {"model": model}
+    try:
+        loaded = load_onnx(Path(model))
+        about |= {"kind": _kind(loaded), "nodes": loaded.graph.num_nodes()}
+        faults = selected(check_graph(loaded), select or [], ignore or [])
+    except DiagnosticError as error:  # not to be ignored: nothing was checked
+        faults = list(error.diagnostics)
     print_diagnostics(faults, model)
     errors = sum(fault.severity is Severity.ERROR for fault in faults)
-    if json:
-        diagnostics = [fault.to_json() for fault in faults]
-        print_json({"model": model, "kind": kind, "nodes": nodes, "diagnostics": diagnostics})
-    else:
-        Console(soft_wrap=True).print(f"{model}: {kind} graph, {nodes} nodes, {errors} errors")
+    match CheckFormat.JSON if json else output_format:
+        case CheckFormat.JSON:
+            print_json({**about, "diagnostics": [fault.to_json() for fault in faults]})
+        case CheckFormat.SARIF:
+            print_json(sarif_log(faults, model))
+        case _ if "kind" in about:
+            line = "{model}: {kind} graph, {nodes} nodes, {errors} errors"
+            Console(soft_wrap=True).print(line.format(**about, errors=errors))
     if errors:
         sys.exit(EXIT_FAULT)
+
+
+def _kind(model: ir.Model) -> str:
+    return "QDQ" if is_quantized(model.graph) else "float"
 
 
 # ---------------------------------------------------------------------------------- applications
@@ -470,6 +540,7 @@ qnpu-compile smollm2-135m --scheme w8a16 --out out
 qnpu-compile model.onnx --scheme w4a8 --calib my.txt --tokenizer my-model/
 qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
 qnpu-compile model.onnx --config compile.toml --json
+qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
 qnpu-compile model.onnx --explain-topology
 """,
 )
@@ -491,6 +562,7 @@ check_app = _app(
     _check,
     """
 qnpu-check out/model.qdq.onnx
+qnpu-check model.onnx --select QN1 --ignore QN101 --format sarif > qnpu.sarif
 qnpu-check --explain QN101
 """,
 )

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.emit import emission
 from qnpu.compiler.rules import InvalidConfig, MissingFile
 from qnpu.compiler.target import DEFAULT_TARGET, load_target
 from qnpu.runtime_check.observer import RangeMethod
@@ -24,6 +25,7 @@ class CompileConfig:
         scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
         down_bits: bits of the inputs of down projections, 8 or 16.
         target: name of a target profile.
+        emit: further files to write, by name (see ``qnpu.compiler.emit``).
         calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
         tokenizer: folder or Hugging Face id; empty: the one found with the model.
         calib_windows: windows of text to calibrate on.
@@ -47,6 +49,7 @@ class CompileConfig:
     scheme: str = "w8a16"
     down_bits: int = 16
     target: str = DEFAULT_TARGET
+    emit: tuple[str, ...] = ()
     calib: str = ""
     tokenizer: str = ""
     calib_windows: int = 8
@@ -68,6 +71,8 @@ class CompileConfig:
         """Raises: DiagnosticError: QN501, QN502 or QN503 for a value that cannot be meant."""
         Scheme.parse(self.scheme)
         load_target(self.target)
+        for name in self.emit:
+            emission(name)
         if self.down_bits not in (8, 16):
             _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
@@ -110,7 +115,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in kinds:
             known = ", ".join(sorted(kinds))
             _fail(key, f"unknown key; known are {known}", str(path))
-        if key in ("keep_inputs", "online"):
+        if key in ("keep_inputs", "online", "emit"):
             if not isinstance(value, list) or not all(type(v) is str for v in value):
                 _fail(key, "must be a list of names", str(path))
             table[key] = tuple(value)

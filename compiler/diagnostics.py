@@ -8,7 +8,7 @@ work and appends to a list for one that does not. Only the command line turns ei
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -108,6 +108,27 @@ class DiagnosticError(Exception):
     def codes(self) -> list[str]:
         """Codes in order of report; what tests match on."""
         return [d.code for d in self.diagnostics]
+
+
+def selected(
+    diagnostics: Iterable[Diagnostic], select: Sequence[str], ignore: Sequence[str]
+) -> list[Diagnostic]:
+    """Those that are asked for, by beginnings of codes; of several that fit the longest decides.
+
+    Args:
+        diagnostics: in order.
+        select: beginnings of codes to keep, such as ``QN5``; empty for all.
+        ignore: beginnings of codes to leave out. It wins over ``select`` of the same length.
+    """
+
+    def specificity(code: str, prefixes: Sequence[str]) -> int:
+        return max((len(prefix) for prefix in prefixes if code.startswith(prefix)), default=-1)
+
+    return [
+        diagnostic
+        for diagnostic in diagnostics
+        if specificity(diagnostic.code, select or [""]) > specificity(diagnostic.code, ignore)
+    ]
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:

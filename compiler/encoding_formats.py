@@ -39,7 +39,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.graph_edit import name_of, static_shape
+from qnpu.compiler.graph_edit import name_of, shape_of, static_shape
 from qnpu.compiler.op_traits import as_linear, float_values
 from qnpu.compiler.quant_types import Encoding, Granularity, PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.rules import MissingEncoding, UnreadableEncodings
@@ -159,10 +159,10 @@ def snap_constants(model: ir.Model, table: EncodingTable) -> ir.Model:
 
 
 def _snapped(tensor: ir.TensorProtocol, encoding: Encoding) -> ir.LazyTensor:
-    def compute() -> ir.Tensor:
+    def compute() -> ir.TensorProtocol:
         return ir.tensor(encoding.dequantize(encoding.quantize(tensor.numpy())), name=tensor.name)
 
-    return ir.LazyTensor(compute, tensor.dtype, ir.Shape(tensor.shape), name=tensor.name)
+    return ir.LazyTensor(compute, tensor.dtype, shape_of(tensor), name=tensor.name)
 
 
 # ------------------------------------------------------------------------------------------- read

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -219,15 +220,20 @@ def _streamed(model: ir.Model, batch: Feeds, names: set[str]) -> Iterator[tuple[
 
 
 def write_result(
-    folder: Path, result: CompileResult, checks: CheckResult, about: dict[str, object]
+    folder: Path,
+    result: CompileResult,
+    checks: CheckResult,
+    about: dict[str, object],
+    more: Mapping[str, Writer] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """Writes model.qdq.onnx, bit_plan.json, encodings.json and report.json, all or none.
+    """Writes model.qdq.onnx, bit_plan.json, encodings.json, more and report.json, all or none.
 
     Args:
         folder: where to.
         result: from ``compile_model``.
         checks: from ``check_result``.
         about: command, input and configuration, for the report.
+        more: file name → what writes it, once the files before it are there.
 
     Returns:
         The report. It holds nothing that differs between two equal runs, so no times.
@@ -239,6 +245,7 @@ def write_result(
         MODEL_NAME: lambda path: save_model(result.model, path),
         "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
         "encodings.json": lambda path: write_json(result.encodings.to_json(), path),
+        **more,
     }
     report: dict[str, object] = {
         "format": "qnpu-report",

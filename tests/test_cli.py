@@ -177,6 +177,42 @@ def test_export_replaces_a_file_only_by_force(home: Path, tmp_path: Path) -> Non
     assert made == {name: first[name] for name in made}  # and the same bytes as elsewhere
 
 
+def test_further_files_and_the_page_about_all(tmp_path: Path) -> None:
+    GOOD(tmp_path)
+    CALIBRATION(tmp_path)
+    (tmp_path / "c.toml").write_text('emit = ["float"]\n')
+    command = ["qnpu-compile", "model.onnx", "--calib", "data.npz", "--scheme", "w8a8", "--json"]
+    vendor = [*command, "--target", "qnn-htp-v75", "--config", "c.toml"]
+    done = call(*vendor, "--emit", "encodings-2.0.0,float", "--out", "out", folder=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    more = {"model.2.0.0.encodings", "model.float.onnx", "HANDOFF.md"}
+    assert set(snapshot(tmp_path / "out")) == OUTPUTS | more
+    assert set(json.loads(done.stdout)["outputs"]) == (OUTPUTS | more) - {"report.json"}
+    assert "model.2.0.0.encodings" in (tmp_path / "out" / "HANDOFF.md").read_text("utf-8")
+    done = call(*vendor, "--out", "by-config", folder=tmp_path)
+    assert set(snapshot(tmp_path / "by-config")) == OUTPUTS | {"model.float.onnx", "HANDOFF.md"}
+    assert report(tmp_path / "by-config")["config"]["emit"] == ["float"]
+
+
+def test_a_page_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    GOOD(tmp_path)
+    CALIBRATION(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "HANDOFF.md").write_text("mine")
+    command = ["qnpu-compile", "model.onnx", "--calib", "data.npz", "--scheme", "w8a8"]
+    assert call(*command, "--out", "out", "--quiet", folder=tmp_path).exit_code == 0
+    vendor = call(*command, "--out", "out", "--target", "qnn-htp-v75", folder=tmp_path)
+    assert vendor.codes == ["QN902"]
+    assert (tmp_path / "out" / "HANDOFF.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("emit", ["pdf", "float,", "epcontext"])
+def test_a_file_that_cannot_be_made_is_known_at_once(emit: str, tmp_path: Path) -> None:
+    done = call("qnpu-compile", "no-such-model.onnx", "--emit", emit, folder=tmp_path)
+    assert done.codes == ["QN503"]
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------- qnpu-eval
 
 
@@ -225,6 +261,48 @@ def test_check_lists_all_faults_and_exits_with_1(tmp_path: Path) -> None:
     found = json.loads(done.stdout)["diagnostics"]
     assert [item["code"] for item in found] == ["QN101", "QN106"]
     assert {"code", "name", "severity", "message", "help", "location"} <= found[0].keys()
+
+
+def test_check_as_sarif(tmp_path: Path) -> None:
+    put(graph(node("Frobnicate", "x", out="a"), node("Relu", "a"), x=["rows", 4]))(tmp_path)
+    done = call("qnpu-check", "model.onnx", "--format", "sarif", folder=tmp_path)
+    assert (done.exit_code, done.codes) == (1, ["QN101", "QN106"])
+    log = json.loads(done.stdout)
+    assert [result["ruleId"] for result in log["runs"][0]["results"]] == ["QN101", "QN106"]
+
+
+def test_check_as_sarif_of_no_model(tmp_path: Path) -> None:
+    """For a code host that waits for the log."""
+    done = call("qnpu-check", "absent.onnx", "--ignore", "QN1", "--format=sarif", folder=tmp_path)
+    assert (done.exit_code, done.codes) == (1, ["QN102"])
+    (result,) = json.loads(done.stdout)["runs"][0]["results"]
+    assert (result["ruleId"], result["level"]) == ("QN102", "error")
+
+
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        (["--select", "QN3,qn101", "--select", "QN106", "--ignore", "QN101"], ["QN106"]),
+        (["--ignore", "QN1"], []),
+    ],
+)
+def test_check_of_chosen_codes(options: list[str], codes: list[str], tmp_path: Path) -> None:
+    put(graph(node("Frobnicate", "x", out="a"), node("Relu", "a"), x=["rows", 4]))(tmp_path)
+    done = call("qnpu-check", "model.onnx", *options, "--json", folder=tmp_path)
+    assert done.codes == codes
+    assert [item["code"] for item in json.loads(done.stdout)["diagnostics"]] == codes
+    assert done.exit_code == int(bool(codes))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--format", "xml"], ["--select", "QN1,QN7"], ["--ignore", "QN1,"]],
+)
+def test_check_of_unknown_codes_or_formats_is_wrong_use(options: list[str], tmp_path: Path) -> None:
+    GOOD(tmp_path)
+    done = call("qnpu-check", "model.onnx", *options, folder=tmp_path)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert options[0] in done.stderr
 
 
 def test_check_without_arguments_is_wrong_use(tmp_path: Path) -> None:

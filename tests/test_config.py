@@ -20,6 +20,7 @@ seq_len = 64
 mask_value = -40
 keep_inputs = ["attention_mask"]
 online = ["r4", "r3"]
+emit = ["float", "encodings-2.0.0"]
 
 [freeze_dims]
 N = 1
@@ -43,6 +44,7 @@ def test_a_file_with_every_kind_of_value(tmp_path: Path) -> None:
         mask_value=-40,
         keep_inputs=("attention_mask",),
         online=("r4", "r3"),
+        emit=("float", "encodings-2.0.0"),
         freeze_dims={"N": 1, "x:1": 28},
     )
 
@@ -63,6 +65,7 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         'keep_inputs = "attention_mask"',
         'online = "r3"',
         "online = [3]",
+        'emit = "float"',
         "freeze_dims = 3",
         "[freeze_dims]\nN = 1.5",
         "[freeze_dims]\nN = true",
@@ -102,6 +105,7 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"exporter": "by-hand"}, "QN503"),
         ({"online": ("r2",)}, "QN503"),
         ({"online": ("r3", "")}, "QN503"),
+        ({"emit": ("float", "pdf")}, "QN503"),
         ({"calib_windows": 0}, "QN503"),
         ({"eval_windows": -1}, "QN503"),
         ({"seq_len": 1}, "QN503"),
