@@ -120,10 +120,12 @@ def test_options_win_over_the_configuration(home: Path, tmp_path: Path) -> None:
         'scheme = "w4a16"\nseq_len = 16\ncalib_windows = 3\neval_windows = 0\nmask_value = -40\n'
     )
     options = ["--config", str(tmp_path / "c.toml"), "--calib-windows", "1", "--quiet", "--json"]
+    options.append("--no-rotate-caches")
     done = call("qnpu-compile", "tiny.onnx", *options, "--out", tmp_path / "out", folder=home)
     assert done.exit_code == 0, done.stderr
     config = report(tmp_path / "out")["config"]
     assert (config["scheme"], config["calib_windows"], config["mask_value"]) == ("w4a16", 1, -40)
+    assert (config["rotate"], config["rotate_caches"]) == (True, False)
     assert json.loads(done.stdout)["perplexity"] == {}
 
 

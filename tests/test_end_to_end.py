@@ -330,3 +330,12 @@ def test_a_graph_of_the_genai_builder(scheme: str) -> None:
     assert checks.source_error <= SOURCE_ERROR
     assert similarity >= COSINE[scheme]
     assert ratio == pytest.approx(1, abs=0.08)
+
+
+def test_caches_left_as_they_are() -> None:
+    config = CompileConfig(seq_len=TOKENS, rotate_caches=False)
+    result = compile_model(genai_decoder(), config, WINDOWS)
+    assert rotated_caches(result.model) == {}
+    codes = [diagnostic.code for diagnostic in result.diagnostics]
+    assert codes.count("QN202") == 2
+    assert "QN205" not in codes
