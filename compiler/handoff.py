@@ -53,6 +53,7 @@ def write_handoff(
         _io_table(compiled.model.graph, compiled.encodings),
         "The file takes and returns real numbers; an NPU takes and returns their codes,\n"
         "q = clamp(round(x / scale) + zero point), and x = scale · (q - zero point).",
+        *_requantize(compiled.float_model.graph, compiled.encodings),
         "## Key/value cache",
         _cache(compiled.float_model.graph, compiled.encodings),
         "## Attention mask",
@@ -141,6 +142,27 @@ def _type(value: ir.Value, encodings: EncodingTable) -> tuple[str, str, str, str
     encoding = encodings[name_of(value)]
     codes = str(encoding.spec.dtype).lower()
     return dtype, codes, f"{float(encoding.scale):.9g}", str(int(encoding.zero_point))
+
+
+def _requantize(graph: ir.Graph, encodings: EncodingTable) -> list[str]:
+    """A warning where tensors are needed at two widths; empty where none is."""
+    points = [
+        node
+        for node in graph
+        if node.op_type == "Identity"
+        and (source := node.inputs[0]) is not None
+        and name_of(source) in encodings
+        and not encodings[name_of(source)].same_as(encodings[name_of(node.outputs[0])])
+    ]
+    if not points:
+        return []
+    return [
+        "## Requantize points",
+        f"{len(points)} tensors are needed at two widths. {MODEL_NAME} makes the narrow one by a\n"
+        "second Q/DQ pair, the float graph by an Identity whose output has another encoding than\n"
+        "its input. A converter that drops Identity drops the narrow width: look for as many\n"
+        "Convert operations in what it makes.",
+    ]
 
 
 def _cache(graph: ir.Graph, encodings: EncodingTable) -> str:

@@ -89,7 +89,7 @@ def _result(diagnostic: Diagnostic, file: str, index: int) -> Json:
 def _location(diagnostic: Diagnostic, file: str) -> Json:
     place = diagnostic.location
     logical = [
-        {"name": name, "fullyQualifiedName": f"{kind} {name}", "kind": kind}
+        {"name": name, "kind": kind}
         for kind, name in (("node", place.node), ("tensor", place.value))
         if name
     ]

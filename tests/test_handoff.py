@@ -120,6 +120,16 @@ def test_a_cache_is_tied_or_not(tmp_path: Path) -> None:
     assert "takes no cache" in page(tmp_path, plain)
 
 
+def test_requantize_points(tmp_path: Path) -> None:
+    text = """
+        g (float[1, 4] past_key_0_in) => (float[1, 4] logits) { logits = Identity(past_key_0_in) }
+    """
+    assert "Requantize" not in page(tmp_path, result(text))
+    assert "\n1 tensors are needed at two widths" in page(
+        tmp_path, result(text, logits=encoding(0.2))
+    )
+
+
 @pytest.mark.parametrize(
     ("before", "after", "paired"),
     [
