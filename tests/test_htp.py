@@ -26,8 +26,10 @@ from qnpu.runtime_check.htp import (
     is_available,
     parse_qnn_graph,
 )
+from qnpu.runtime_check.session import open_session
 from tests.conftest import normal, shared_file
 from tests.htp_cases import build_case
+from tests.htp_random import random_cases
 from tests.htp_sweep import sweep
 from tests.qdq_cases import matmul_const, unary
 
@@ -161,6 +163,25 @@ def test_names_of_the_sweep_are_unique() -> None:
     names = Counter(case.name for case in sweep())
     assert len(names) > 3800
     assert names.most_common(1)[0][1] == 1
+
+
+def test_random_cases_depend_on_seed_and_index_alone() -> None:
+    few, many = list(random_cases(7, 20)), list(random_cases(7, 60))
+    assert few == many[:20]
+    assert {case.key for case in few}.isdisjoint(case.key for case in random_cases(8, 20))
+
+
+def test_random_cases_run_on_the_cpu() -> None:
+    for case in random_cases(7, 60):
+        open_session(case.build())
+
+
+def test_random_cases_differ_and_hold_every_family() -> None:
+    cases = list(random_cases(7, 1000))
+    assert len({case.key for case in cases}) > 990
+    families = {case.name.split("/")[2] for case in cases}
+    assert {"MatMul_const", "Conv", "RMSNormalization", "attention", "silu-mul"} <= families
+    assert sum(len(case.steps) > 1 for case in cases) > 150
 
 
 # -------------------------------------------------------------------------------- the real thing
