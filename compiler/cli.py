@@ -1,8 +1,7 @@
-"""The four commands. Each reads top to bottom: options → config → model → work → print."""
+"""qnpu-compile, qnpu-export, qnpu-eval: options → config → model → work → print."""
 
 from __future__ import annotations
 
-import enum
 import sys
 import time
 from functools import partial
@@ -18,7 +17,10 @@ from qnpu.compiler.bit_plan import SCHEMES
 from qnpu.compiler.config import CompileConfig, read_config
 from qnpu.compiler.console import (
     EXIT_FAULT,
-    EXIT_USAGE,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    application,
     command,
     error_console,
     peak_rss_bytes,
@@ -26,9 +28,9 @@ from qnpu.compiler.console import (
     print_json,
     progress_bars,
 )
-from qnpu.compiler.diagnostics import DiagnosticError, Severity, selected
+from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_writers
-from qnpu.compiler.graph_checks import check_graph, is_quantized
+from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
@@ -44,8 +46,7 @@ from qnpu.compiler.pipeline import (
     find_topology,
     write_result,
 )
-from qnpu.compiler.rules import InvalidConfig, WouldOverwrite, all_rules, manual_page
-from qnpu.compiler.sarif import sarif_log
+from qnpu.compiler.rules import InvalidConfig, WouldOverwrite
 from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
@@ -58,24 +59,10 @@ _MODEL = (
     "An .onnx or .gguf file, a Hugging Face id or folder, or a built-in name: "
     "smollm2-135m, gemma3-270m, tiny, tiny-llama, tiny-qwen2 …"
 )
-_JSON = "Print the result as JSON on standard output."
-_DEBUG = "Show the traceback of an internal error."
-_QUIET = "No progress bars."
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help=_JSON)]
-DebugOption = Annotated[bool, typer.Option("--debug", help=_DEBUG)]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help=_QUIET)]
 
 _DEFAULTS = CompileConfig()
-
-
-def _app(body: Any, examples: str) -> typer.Typer:
-    """A one-command application with examples under its help."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    lines = [f"[dim]$[/dim] {line}" for line in examples.strip().splitlines()]
-    app.command(epilog="[bold]Examples[/bold]\n\n" + "\n\n".join(lines))(body)
-    return app
 
 
 # ---------------------------------------------------------------------------------- qnpu-compile
@@ -453,87 +440,9 @@ def _evaluate(
         console.print(f"data: {description}; session: {mode}; {summary['seconds']:.0f} s")
 
 
-# ------------------------------------------------------------------------------------ qnpu-check
-
-
-class CheckFormat(enum.StrEnum):
-    """What ``qnpu-check`` prints on standard output."""
-
-    TEXT = "text"
-    JSON = "json"
-    SARIF = "sarif"
-
-
-def _codes(value: list[str] | None) -> list[str]:
-    """Beginnings of codes, from one option or several; each must be one of a rule's."""
-    prefixes = [part.strip().upper() for item in value or [] for part in item.split(",")]
-    for prefix in prefixes:
-        if not prefix or not any(rule.code.startswith(prefix) for rule in all_rules()):
-            raise typer.BadParameter(f"no rule's code begins with `{prefix}`")
-    return prefixes
-
-
-@command
-def _check(
-    model: Annotated[
-        str | None, typer.Argument(help="An .onnx file, float or quantized.", show_default=False)
-    ] = None,
-    explain: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Print the manual page of a rule and stop.")
-    ] = None,
-    select: Annotated[
-        list[str] | None,
-        typer.Option(help="Codes to report, or their beginnings: QN1,QN303.", callback=_codes),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="Codes to leave out; the longer beginning wins.", callback=_codes),
-    ] = None,
-    output_format: Annotated[
-        CheckFormat, typer.Option("--format", help="What to print on standard output.")
-    ] = CheckFormat.TEXT,
-    json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Check an ONNX file. Exit code 0: no error; 1: errors, all listed; 2: wrong use."""
-    if explain is not None:
-        page = manual_page(explain)
-        if page is None:
-            error_console().print(f"no rule {explain}")
-            sys.exit(EXIT_USAGE)
-        Console(soft_wrap=True, highlight=False, markup=False).print(page)
-        return
-    if model is None:
-        error_console().print("name an .onnx file, or a rule with --explain")
-        sys.exit(EXIT_USAGE)
-    about: dict[str, object] = {"model": model}
-    try:
-        loaded = load_onnx(Path(model))
-        about |= {"kind": _kind(loaded), "nodes": loaded.graph.num_nodes()}
-        faults = selected(check_graph(loaded), select or [], ignore or [])
-    except DiagnosticError as error:  # not to be ignored: nothing was checked
-        faults = list(error.diagnostics)
-    print_diagnostics(faults, model)
-    errors = sum(fault.severity is Severity.ERROR for fault in faults)
-    match CheckFormat.JSON if json else output_format:
-        case CheckFormat.JSON:
-            print_json({**about, "diagnostics": [fault.to_json() for fault in faults]})
-        case CheckFormat.SARIF:
-            print_json(sarif_log(faults, model))
-        case _ if "kind" in about:
-            line = "{model}: {kind} graph, {nodes} nodes, {errors} errors"
-            Console(soft_wrap=True).print(line.format(**about, errors=errors))
-    if errors:
-        sys.exit(EXIT_FAULT)
-
-
-def _kind(model: ir.Model) -> str:
-    return "QDQ" if is_quantized(model.graph) else "float"
-
-
 # ---------------------------------------------------------------------------------- applications
 
-compile_app = _app(
+compile_app = application(
     _compile,
     """
 qnpu-compile smollm2-135m --scheme w8a16 --out out
@@ -544,25 +453,17 @@ qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
 qnpu-compile model.onnx --explain-topology
 """,
 )
-export_app = _app(
+export_app = application(
     _export,
     """
 qnpu-export smollm2-135m --seq-len 512 --out smollm2.onnx
 qnpu-export org/model --exporter optimum --out model.onnx
 """,
 )
-eval_app = _app(
+eval_app = application(
     _evaluate,
     """
 qnpu-eval out/model.qdq.onnx --tokenizer smollm2-135m --windows 8
 qnpu-eval model.onnx --text wiki.test.raw --window 512 --windows 40 --bos none
-""",
-)
-check_app = _app(
-    _check,
-    """
-qnpu-check out/model.qdq.onnx
-qnpu-check model.onnx --select QN1 --ignore QN101 --format sarif > qnpu.sarif
-qnpu-check --explain QN101
 """,
 )

@@ -13,7 +13,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,12 +38,28 @@ from qnpu.compiler.output import is_full
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.rules import CannotWrite, InternalError
 
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an internal error.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
 EXIT_FAULT = 1
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 141
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 _MOST_ALIKE = 3
+
+
+def application(body: Callable[..., None], examples: str) -> typer.Typer:
+    """A one-command application with examples under its help."""
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    lines = [f"[dim]$[/dim] {line}" for line in examples.strip().splitlines()]
+    app.command(epilog="[bold]Examples[/bold]\n\n" + "\n\n".join(lines))(body)
+    return app
 
 
 def error_console() -> Console:

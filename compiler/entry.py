@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import os
 import signal
@@ -14,22 +15,22 @@ _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def compile_main() -> None:
-    _run("compile_app")
+    _run("cli", "compile_app")
 
 
 def export_main() -> None:
-    _run("export_app")
+    _run("cli", "export_app")
 
 
 def eval_main() -> None:
-    _run("eval_app")
+    _run("cli", "eval_app")
 
 
 def check_main() -> None:
-    _run("check_app")
+    _run("cli_check", "check_app")
 
 
-def _run(app: str) -> None:
+def _run(module: str, app: str) -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _leave)
@@ -39,11 +40,10 @@ def _run(app: str) -> None:
     # ONNX Runtime would report its use to Microsoft, and keep a database of that under ~/.cache.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     gc.disable()  # the imports make no garbage; to look for some takes a third of their time
-    from qnpu.compiler import cli  # noqa: PLC0415
-
+    commands = importlib.import_module(f"qnpu.compiler.{module}")
     gc.freeze()
     gc.enable()
-    getattr(cli, app)()
+    getattr(commands, app)()
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -532,3 +532,154 @@ class UnsupportedForm(Rule):
 
     def help(self) -> str:
         return "hand over model.qdq.onnx, where Q/DQ pairs state every encoding"
+
+
+@dataclass(frozen=True, slots=True)
+class NotQuantized(Rule):
+    """What it checks
+        A model that is to run on an integer target holds encodings.
+
+    Why it matters
+        Without any, the whole graph runs in floating point, or not at all.
+
+    Example
+        ```console
+        qnpu-check float.onnx --target qnn-htp-v75
+        ```
+
+    How to fix
+        ``qnpu-compile float.onnx --target qnn-htp-v75``, and check what it writes.
+    """
+
+    code: ClassVar[str] = "QN525"
+    name: ClassVar[str] = "not-quantized"
+    target: str
+
+    def message(self) -> str:
+        return f"the graph holds no encodings, so {self.target} has nothing to compute in integers"
+
+    def help(self) -> str:
+        return "compile it with qnpu-compile, and check model.qdq.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedByCompiler(Rule):
+    """What it checks
+        With ``--oracle``: the vendor's own compiler accepts the graph.
+
+    Why it matters
+        It has the last word; our profile only repeats what it was seen to say.
+
+    Example
+        ```console
+        qnpu-check foreign.qdq.onnx --target qnn-htp-v75 --oracle htp
+        ```
+
+    How to fix
+        See the faults that the profile names for the same node. Where there is none, the profile
+        has a gap: please report the graph.
+    """
+
+    code: ClassVar[str] = "QN530"
+    name: ClassVar[str] = "refused-by-compiler"
+    target: str
+    reason: str
+
+    def message(self) -> str:
+        return f"the compiler for {self.target} refuses the graph: {self.reason}"
+
+    def help(self) -> str:
+        return "see the faults that the profile names; where there is none, please report the graph"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledToFloat(Rule):
+    """What it checks
+        With ``--oracle``: no operation of the compiled graph computes in floating point.
+
+    Why it matters
+        The compiler says nothing of it; on the phone it costs time and power, or fails.
+
+    Example
+        ```console
+        qnpu-check foreign.qdq.onnx --target qnn-htp-v75 --oracle htp
+        ```
+
+    How to fix
+        See the faults that the profile names for the same node.
+    """
+
+    code: ClassVar[str] = "QN531"
+    name: ClassVar[str] = "compiled-to-float"
+    operation: str
+    target: str
+
+    def message(self) -> str:
+        return f"the compiler for {self.target} made `{self.operation}` of it"
+
+    def help(self) -> str:
+        return "give the node types and encodings that the target has"
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatorDiffers(Rule):
+    """What it checks
+        With ``--oracle --run``: each output on the vendor's emulator is within the profile's
+        tolerance of ONNX Runtime's, in LSB of that output.
+
+    Why it matters
+        A simulation that the chip does not follow proves nothing.
+
+    Example
+        ```console
+        qnpu-check model.qdq.onnx --target qnn-htp-v75 --oracle htp --run
+        ```
+
+    How to fix
+        Cut the graph in two and compare again, until the node is found; state its encoding as the
+        target forces it.
+    """
+
+    code: ClassVar[str] = "QN532"
+    name: ClassVar[str] = "emulator-differs"
+    severity: ClassVar[Severity] = Severity.WARNING
+    lsb: int
+    tolerance: int
+    target: str
+
+    def message(self) -> str:
+        return (
+            f"{self.target} is up to {self.lsb} LSB from ONNX Runtime; "
+            f"{self.tolerance} LSB were expected at most"
+        )
+
+    def help(self) -> str:
+        return "cut the graph in two and compare again, until the node that differs is found"
+
+
+@dataclass(frozen=True, slots=True)
+class OracleFailed(Rule):
+    """What it checks
+        With ``--oracle``: the vendor's compiler or emulator comes to an end.
+
+    Why it matters
+        It is a program of its own, which can crash or hang on a graph; that is no verdict.
+
+    Example
+        ```console
+        qnpu-check enormous.qdq.onnx --target qnn-htp-v75 --oracle htp --run
+        ```
+
+    How to fix
+        Try a part of the model, or check without ``--oracle``.
+    """
+
+    code: ClassVar[str] = "QN533"
+    name: ClassVar[str] = "oracle-failed"
+    reason: str
+
+    def message(self) -> str:
+        return f"the vendor's compiler gave no answer: {self.reason}"
+
+    def help(self) -> str:
+        return "try a part of the model, or check without --oracle"

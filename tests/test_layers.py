@@ -25,6 +25,7 @@ FORBIDDEN = {
     "passes": {
         "qnpu.compiler.pipeline",
         "qnpu.compiler.cli",
+        "qnpu.compiler.cli_check",
         "qnpu.compiler.inputs",
         "qnpu.compiler.console",
     },
@@ -32,6 +33,7 @@ FORBIDDEN = {
         *(name for name in FILES if name.startswith("qnpu.passes.")),
         "qnpu.compiler.pipeline",
         "qnpu.compiler.cli",
+        "qnpu.compiler.cli_check",
         "qnpu.compiler.inputs",
         "qnpu.compiler.console",
     },
@@ -41,7 +43,7 @@ FORBIDDEN = {
     - {"qnpu.compiler.diagnostics", "qnpu.compiler.rules"},
 }
 MAY_IMPORT_PASSES = {"qnpu.compiler.pipeline", "qnpu.compiler.cli"}
-MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli"}
+MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli", "qnpu.compiler.cli_check"}
 HEAVY = ("transformers", "optimum", "datasets", "sentencepiece", "gguf", "accelerate")
 
 

@@ -52,6 +52,11 @@ TRIGGERED_BY = {
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",
+    "QN525": "test_model_check.py::test_a_float_graph",
+    "QN530": "test_oracle.py::test_float_operations_and_refusals_are_faults",
+    "QN531": "test_oracle.py::test_float_operations_and_refusals_are_faults",
+    "QN532": "test_oracle.py::test_outputs_within_and_beyond_the_tolerance",
+    "QN533": "test_cli_check.py::test_an_oracle_that_fails",
     "QN521": "test_target_faults.py::test_a_model_that_is_too_large",
     "QN590": "test_emit.py::test_a_graph_that_the_vendor_refuses",
     "QN901": "test_output.py::test_what_the_system_refuses",
@@ -209,4 +214,5 @@ def test_what_no_rule_foresees(capsys: pytest.CaptureFixture[str]) -> None:
 def test_severities() -> None:
     """Only errors stop a compile, so notes and warnings are those that a compile goes on from."""
     gentle = {rule.code for rule in all_rules() if rule.severity is not Severity.ERROR}
-    assert gentle <= {rule.code for rule in WITH_GRAPH}
+    of_the_oracle = {code for code in gentle if code.startswith("QN53")}
+    assert gentle - of_the_oracle <= {rule.code for rule in WITH_GRAPH}
