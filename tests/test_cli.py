@@ -215,6 +215,19 @@ def test_a_file_that_cannot_be_made_is_known_at_once(emit: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("online", ["r2", "r3,", "R4"])
+def test_an_online_rotation_that_does_not_exist(online: str, tmp_path: Path) -> None:
+    done = call("qnpu-compile", "no-such-model.onnx", "--online", online, folder=tmp_path)
+    assert done.codes == ["QN503"]
+
+
+def test_no_online_rotation_wins_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('online = ["r5"]', "utf-8")
+    arguments = ["qnpu-compile", "no-such-model.onnx", "--config", "c.toml"]
+    assert call(*arguments, folder=tmp_path).codes == ["QN503"]
+    assert call(*arguments, "--online", "", folder=tmp_path).codes == ["QN102"]
+
+
 # -------------------------------------------------------------------------------------- qnpu-eval
 
 
