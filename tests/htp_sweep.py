@@ -136,8 +136,8 @@ def _blocks(dtype: str) -> Iterator[Case]:
 
 
 def _convolutions(dtype: str) -> Iterator[Case]:
-    kinds = ("Conv3x3", "ConvDepthwise", "ConvTranspose", "Conv1d")
-    weights = product(("s4", "s8", "u8", "s16"), ("tensor", "channel"), kinds, ("s32", None))
+    kinds = ("Conv3x3", "ConvDepthwise", "ConvTranspose", "Conv1d", "Conv3d")
+    weights = product(("u4", "s4", "s8", "u8", "s16"), ("tensor", "channel"), kinds, ("s32", None))
     for w, granularity, kind, b in weights:
         yield conv(dtype, w, granularity, b, kind)
     image = x(dtype, *_IMAGE)
@@ -322,6 +322,7 @@ def _axes(dtype: str) -> Iterator[Case]:
             for op, opset in (("RMSNormalization", 23), ("LayerNormalization", 21)):
                 yield single(f"{op}/{tail}", op, [big, gamma], y(dtype), opset=opset, axis=axis)
             yield single(f"Flatten/{tail}", "Flatten", [big], y(dtype), axis=axis)
+    yield single(f"LpNormalization/{dtype}/p1", "LpNormalization", [big], y(dtype), axis=-1, p=1)
     for axis in (-1, 1):
         name = f"LpNormalization/{dtype}/p2/axis{axis}"
         yield single(name, "LpNormalization", [big], y(dtype), axis=axis, p=2)
@@ -345,6 +346,14 @@ def _encodings(dtype: str) -> Iterator[Case]:
         if zero is None or low <= zero <= high:
             result = {"scale": scale, "zero_point": zero}
             yield named(unary(op, dtype, result=result), f"scale{scale:.3g}_zero{zero}")
+    for other, zero in product(ACTIVATIONS, (0, 6)):
+        yield named(matmul_dynamic(dtype, other, zero_point=zero), f"zero{zero}")
+    for op in ("RMSNormalization", "LayerNormalization", "LpNormalization", "Softmax"):
+        inputs = [x(dtype, 1, 8, 1)]
+        if op in {"RMSNormalization", "LayerNormalization"}:
+            inputs.append(const(dtype, 1))
+        opset = 23 if op == "RMSNormalization" else 21
+        yield single(f"{op}/{dtype}/one", op, inputs, y(dtype), axis=-1, opset=opset)
     yield named(binary("Add", dtype, dtype, io="int"), "codes")
     yield named(matmul_const(dtype, "s8", "channel", io="int"), "codes")
     for op in ("Softmax", "Sigmoid", "Relu"):
@@ -414,7 +423,8 @@ def _rank(dtype: str, rank: int) -> Iterator[Case]:
         yield named(binary(op, dtype, dtype, shapes=(shape, shape)), tail)
     for op in (
         "Softmax", "Sigmoid", "Tanh", "Relu", "Gelu", "Sqrt", "Exp", "Reciprocal", "HardSwish",
-        "LogSoftmax", "Neg", "Abs", "Log", "Elu", "Sin", "Cos",
+        "LogSoftmax", "Neg", "Abs", "Log", "Elu", "Sin", "Cos", "Floor", "Ceil", "Round", "Sign",
+        "Softplus", "HardSigmoid", "LeakyRelu", "Asin", "Atan",
     ):  # fmt: skip
         yield named(unary(op, dtype, shape=shape), tail)
     if rank > 1:
@@ -435,7 +445,7 @@ def _rank(dtype: str, rank: int) -> Iterator[Case]:
     yield one("Gather", [operand, ints(0, 2)], axis=last)
     yield one("Expand", [x(dtype, *shape[:-1], 1), ints(*shape)])
     yield one("Pad", [operand, ints(*zeros, 1, *zeros, 1)])
-    for op in ("ReduceMean", "ReduceSum", "ReduceMax"):
+    for op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"):
         yield one(op, [operand, ints(last)])
     yield one("Where", [Operand("bool", shape), operand, operand])
     yield one("Clip", [operand, floats(-0.2), floats(0.2)])
@@ -443,6 +453,9 @@ def _rank(dtype: str, rank: int) -> Iterator[Case]:
     b = const("s32", 8, scale=SCALES[dtype] * 0.02, zero_point=0)
     yield one("LayerNormalization", [operand, const("u8", 8), b], axis=-1)
     yield one("LpNormalization", [operand], axis=-1)
+    yield one("PRelu", [operand, const(dtype, 8)])
+    topk = Step("TopK", (operand, ints(1)), (y(dtype), y("i64")), {"axis": -1})
+    yield Case(f"TopK/{dtype}/{tail}", (topk,))
     yield one("ArgMax", [operand], result=y("i64"), axis=-1)
     yield one("Equal", [operand, operand], result=y("bool"))
     yield one("Unsqueeze", [operand, ints(0)])

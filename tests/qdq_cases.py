@@ -422,11 +422,11 @@ def gemm(act: str, w: str, granularity: str, b: str | None = "s32", **more: Any)
 def conv(
     act: str, w: str, granularity: str, b: str | None = "s32", kind: str = "Conv1x1", **more: Any
 ) -> Case:
-    """Convolutions over (1, 16, 8, 8): Conv1x1, Conv3x3, ConvDepthwise, ConvTranspose, Conv1d."""
+    """Conv1x1, Conv3x3, ConvDepthwise, ConvTranspose, Conv1d, Conv3d over (1, 32, 8 …)."""
     c, n = more.pop("channels", (32, 16))
-    space: Shape = (8,) if kind == "Conv1d" else (8, 8)
+    space = (8,) * {"Conv1d": 1, "Conv3d": 3}.get(kind, 2)
     left = x(act, 1, c, *space)
-    size = {"Conv1x1": (1, 1), "Conv1d": (3,)}.get(kind, (3, 3))
+    size = (1, 1) if kind == "Conv1x1" else (3,) * len(space)
     shape = (n, c, *size)
     attributes: dict[str, Any] = {}
     axis = 0
