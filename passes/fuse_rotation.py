@@ -207,6 +207,6 @@ def rotate_axis(
     result = np.array(flat)
     for start in range(0, len(flat), _CHUNK_ROWS):
         part = flat[start : start + _CHUNK_ROWS, first:last].astype(np.float64)
-        turned = part.reshape(len(part), -1, size) @ rotation
+        turned = part.reshape(-1, size) @ rotation  # one product, not one for each row
         result[start : start + _CHUNK_ROWS, first:last] = turned.reshape(part.shape)
     set_constant(value, np.moveaxis(result.reshape(*lead, width), -1, axis))
