@@ -278,16 +278,16 @@ class _Builder:
             self._constant(f"{name}_z", DTYPES[operand.dtype], shape, zeros)
 
     def _lpbq_scales(self, operand: Operand, name: str, shape: Shape) -> None:
-        """u8 codes per block, dequantized by a float scale per channel."""
+        """u8 codes per block, four bits of which Hexagon reads, and a float scale per channel."""
         channels = 1 - operand.axis
         size = shape[channels]
         self._constant(
             f"{name}_sq",
             TensorProto.UINT8,
             shape,
-            self.random.integers(1, 256, int(np.prod(shape))),
+            self.random.integers(1, 17, int(np.prod(shape))),
         )
-        scales = operand.real_scale / 255 * self.random.uniform(0.5, 1.0, size)
+        scales = operand.real_scale / 16 * self.random.uniform(0.5, 1.0, size)
         self._constant(f"{name}_ss", TensorProto.FLOAT, (size,), scales.astype(np.float32))
         self._constant(f"{name}_sz", TensorProto.UINT8, (size,), np.zeros(size, np.int64))
         inputs = [f"{name}_sq", f"{name}_ss", f"{name}_sz"]

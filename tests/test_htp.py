@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from qnpu.compiler.graph_edit import constant_array, set_constant
 from qnpu.runtime_check.htp import (
     SOC_MODELS,
     HtpCompiler,
@@ -282,6 +283,21 @@ def test_two_bit_weights_are_accepted_and_wrong(htp: HtpCompiler) -> None:
     assert htp.compile(model, "v75").verdict is HtpVerdict.INT
     codes = compare_on_emulator(htp, model, "v75", {"s0_in0_f": normal(1, 8, 64)})["s0_out0"]
     assert np.abs(codes).mean() > 1000
+
+
+@needs_compiler
+def test_block_scales_above_sixteen_are_misread(htp: HtpCompiler) -> None:
+    """LPBQ as two DequantizeLinear: the codes of the block scales have four bits, 1 to 16."""
+    model = ir.from_proto(matmul_const("u16", "s4", "lpbq32", scale=0.005).build())
+    feeds = {"s0_in0_f": normal(1, 8, 64)}
+    assert np.abs(compare_on_emulator(htp, model, "v75", feeds)["s0_out0"]).max() <= 2
+    codes, scales = (model.graph.initializers[f"s0_in1_s{part}"] for part in "qs")
+    for value, factor in ((codes, 4), (scales, 0.25)):  # the same weights
+        old = constant_array(value)
+        assert old is not None
+        set_constant(value, (old * factor).astype(old.dtype))
+    assert htp.compile(model, "v75").verdict is HtpVerdict.INT
+    assert np.abs(compare_on_emulator(htp, model, "v75", feeds)["s0_out0"]).mean() > 100
 
 
 @needs_compiler
