@@ -111,6 +111,8 @@ def simulate(folder: Path, files: dict[str, Path], config: str) -> bool:
     print(f"  {len(differ)} quantizers, those added included, change their settings to the file's")
     done = quantizers <= ours
     for version, file in files.items():
+        for name in ours:  # AIMET turns those of int32 biases off once they are loaded
+            simulation.qc_quantize_op_dict[name].enabled = True
         try:
             load_encodings_to_sim(simulation, str(file), strict=True)
             print(f"  {version} strict: all {len(names(file))} match")
