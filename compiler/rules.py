@@ -1,7 +1,8 @@
 """Every rule qnpu can report, in code order.
 
 Families: QN1xx input graph and files, QN2xx rotation, QN3xx calibration and encodings, QN5xx bit
-plan, target and configuration, QN9xx output and internal. A name states the fault, never the fix.
+plan, target and configuration (those on a target's operators are in ``target_rules``), QN9xx output
+and internal. A name states the fault, never the fix.
 The docstring of a rule is its manual page (``qnpu-check --explain CODE``).
 """
 
@@ -11,6 +12,7 @@ import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qnpu.compiler import target_rules
 from qnpu.compiler.diagnostics import Rule, Severity
 
 
@@ -1137,12 +1139,12 @@ class InternalError(Rule):
 
 
 def all_rules() -> list[type[Rule]]:
-    """Every rule class of this module, sorted by code."""
-    found = [
+    """Every rule class that has a code, sorted by it."""
+    found = {
         item
-        for item in globals().values()
-        if inspect.isclass(item) and issubclass(item, Rule) and item.__module__ == __name__
-    ]
+        for item in (*globals().values(), *vars(target_rules).values())
+        if inspect.isclass(item) and issubclass(item, Rule) and item.code
+    }
     return sorted(found, key=lambda rule: rule.code)
 
 
