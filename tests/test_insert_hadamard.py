@@ -33,7 +33,7 @@ from tests.decoders import (
     toy_feeds,
 )
 
-# Measured: 2.7e-7 (gemma3) to 8.8e-7 (llama by optimum); with R1 and R2 1.1e-6.
+# Measured: 1.4e-7 (gemma3) to 6.1e-7 (llama); with R1 and R2 9.1e-7.
 BOUND = 3e-6
 TOY_BOUND = 1e-6
 
@@ -143,7 +143,7 @@ def test_one_weight_left_as_it_was_shows() -> None:
     assert old is not None
     insert(model, InsertHadamard(("r4",)))
     set_constant(down.weight, old)
-    assert relative_error(run_model(model, some_tokens(model))[0], expected) > 0.1
+    assert relative_error(run_model(model, some_tokens(model))[0], expected) > 0.3  # 1.49
 
 
 def test_a_snapshot_keeps_its_numbers() -> None:
@@ -263,7 +263,6 @@ FREE: dict[str, tuple[list[Change], More]] = {
         [("p =", "s1 = Div(s, cap)  s2 = Tanh(s1)  s3 = Mul(s2, cap)  p = Softmax(s3)")],
         {"constants": ", float cap = {5}"},
     ),
-    "dynamic length": ([], {"length": "tokens"}),
 }
 
 
@@ -277,6 +276,14 @@ def test_rotates_around(why: str, whole_up_to: int) -> None:
     for new, old in zip(run_model(model, feeds), run_model(before, feeds), strict=True):
         assert relative_error(new, old) <= TOY_BOUND
     assert insert(model, InsertHadamard(whole_up_to=whole_up_to)) == (0, [])
+
+
+@pytest.mark.parametrize("whole_up_to", [8, 2])
+def test_a_dynamic_length_does_not_matter(whole_up_to: int) -> None:
+    before, model = toy(length="tokens"), toy(length="tokens")
+    assert insert(model, InsertHadamard(whole_up_to=whole_up_to)) == (2, [])
+    feeds = toy_feeds(model)
+    assert relative_error(run_model(model, feeds)[0], run_model(before, feeds)[0]) <= TOY_BOUND
 
 
 BLOCKED: dict[str, tuple[str, str, list[Change], More]] = {
@@ -295,7 +302,12 @@ BLOCKED: dict[str, tuple[str, str, list[Change], More]] = {
         [("kt =", "kt = Transpose<perm: ints = [0, 2, 1]>(past)")],
         {"inputs": ", float[1, 3, 4] past"},
     ),
-    "keys are not turned": ("r3", "s", [("kt =", "kt = Relu(k)")], {"length": 4}),
+    "keys are not turned": (
+        "r3",
+        "s",
+        [("kt =", "kt = Reshape(k, columns)")],
+        {"constants": ", int64[3] columns = {1, 4, 3}"},
+    ),
     "turned keys are read elsewhere": (
         "r3",
         "s",
@@ -367,7 +379,7 @@ def test_the_matrix_is_exact_in_the_qdq_file(scheme: str) -> None:
 @pytest.mark.parametrize("down_bits", [8, 16])
 def test_widths_around_a_rotation(down_bits: int) -> None:
     result = compiled(128, scheme="w8a8", down_bits=down_bits)
-    plan, graph = result.bit_plan, result.float_model.graph
+    plan = result.bit_plan
     found = linears(result.float_model)
     downs = [linear for linear in found if is_down_projection(linear)]
     assert len(downs) == 2
@@ -380,8 +392,8 @@ def test_widths_around_a_rotation(down_bits: int) -> None:
     queries_and_keys = [linear for linear in online if static_shape(linear.weight) == (16, 16)]
     widths = [plan[name_of(linear.node.outputs[0])].bits for linear in queries_and_keys]
     assert widths == [8, 16] * 2  # keys at the width of the cache
-    assert not any(node.op_type == "Identity" for n in downs for node in [n.activation.producer()])
-    assert graph.outputs[0].name == "logits"
+    makers = [linear.activation.producer() for linear in downs]
+    assert [maker.op_type for maker in makers if maker is not None] == ["MatMul", "MatMul"]
 
 
 def test_an_outlier_no_longer_sets_the_step_of_a_down_input() -> None:
