@@ -79,7 +79,7 @@ class HtpVerdict(enum.Enum):
 
 
 class HtpError(Exception):
-    """The compiler is not installed, or its process died or hung."""
+    """The compiler is not installed, hung, or refused a model that was to be run or emitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +242,11 @@ class HtpCompiler:
             finalize: False stops once every operation is validated for the architecture, before
                 the binary is made: a third of the time, but a refusal that comes later is missed.
 
+        Returns:
+            The graph; a refused one where the compiler crashed on the model.
+
         Raises:
-            HtpError: the compiler is missing, died or hung.
+            HtpError: the compiler is missing or hung.
         """
         with _workplace(model, folder) as place:
             options = _PROVIDER_OPTIONS | {
@@ -252,8 +255,7 @@ class HtpCompiler:
             }
             if not finalize:
                 options |= _dlc_options(place.dump)
-            seconds, error = self._submit(place, arch, options)
-            return _read_graph(arch, place, error, seconds)
+            return _read_graph(arch, place, self._submit(place, arch, options))
 
     def run(self, model: Model, arch: str, feeds: Feeds) -> dict[str, Array]:
         """Executes a model on the emulator.
@@ -267,17 +269,16 @@ class HtpCompiler:
             Output name → array.
 
         Raises:
-            HtpError: the compiler is missing, died or hung, or refused the model.
+            HtpError: the compiler is missing, hung, crashed or refused the model.
         """
         with _workplace(model, None) as place:
-            feeds_file, outputs_file = place.dump / "feeds.npz", place.dump / "outputs.npz"
-            np.savez(feeds_file, **feeds)  # type: ignore[arg-type]  # NumPy's names of options
-            job = {"feeds": str(feeds_file), "outputs": str(outputs_file)}
-            _, error = self._submit(place, arch, {}, job=job)
-            if error:
-                raise HtpError(_refusal(error, place.log_text()))
-            with np.load(outputs_file) as outputs:
-                return dict(outputs)
+            files = place.dump / "feeds.npz", place.dump / "outputs.npz"
+            np.savez(files[0], *feeds.values())
+            job = {"names": list(feeds), "feeds": str(files[0]), "outputs": str(files[1])}
+            answer = self._submit(place, arch, {}, job=job)
+            self._raise_refusal(answer, place)
+            with np.load(files[1]) as outputs:
+                return {name: outputs[f"arr_{k}"] for k, name in enumerate(answer.outputs)}
 
     def emit_context(self, model: Model, arch: str, path: Path) -> None:
         """Writes an EPContext model: the compiled binary, for ONNX Runtime on the phone.
@@ -297,9 +298,7 @@ class HtpCompiler:
             "ep.context_embed_mode": "0",
         }
         with _workplace(model, None) as place:
-            _, error = self._submit(place, arch, {}, session=session)
-            if error:
-                raise HtpError(_refusal(error, place.log_text()))
+            self._raise_refusal(self._submit(place, arch, {}, session=session), place)
 
     def emit_dlc(self, model: Model, arch: str, path: Path) -> None:
         """Writes a DLC: the graph in Qualcomm's own form, for qnn-context-binary-generator.
@@ -313,13 +312,16 @@ class HtpCompiler:
             HtpError: as for ``run``.
         """
         with _workplace(model, None) as place:
-            _, error = self._submit(place, arch, _dlc_options(place.dump))
+            self._raise_refusal(self._submit(place, arch, _dlc_options(place.dump)), place)
             written = sorted(place.dump.glob("*.dlc"))
-            if error or len(written) != 1:
-                raise HtpError(
-                    _refusal(error, place.log_text()) or f"{len(written)} DLC files came out"
-                )
+            if len(written) != 1:  # the compiler cut the graph into parts
+                raise HtpError(f"the graph became {len(written)} DLC files")
             shutil.move(written[0], path)
+
+    @staticmethod
+    def _raise_refusal(answer: _Answer, place: _Workplace) -> None:
+        if answer.error:
+            raise HtpError(_refusal(answer.error, place.log_text()))
 
     def _submit(
         self,
@@ -329,14 +331,14 @@ class HtpCompiler:
         *,
         session: Mapping[str, str] | None = None,
         job: Mapping[str, Any] | None = None,
-    ) -> tuple[float, str]:
-        """Seconds taken and the error, if any, of one session in the process."""
+    ) -> _Answer:
+        """Opens one session in the process."""
         if arch not in SOC_MODELS:
             raise HtpError(f"{arch} is none of {', '.join(SOC_MODELS)}")
         request = {
             "model": str(place.model),
             "log": str(place.log),
-            "severity": 0,  # the reason of a refusal is only told at this level
+            "severity": 0,  # the reason of a refusal is told at this level only
             "session": {"session.disable_cpu_ep_fallback": "1", **(session or {})},
             "provider": {
                 "backend_path": _library("libQnnHtp.so"),
@@ -348,8 +350,9 @@ class HtpCompiler:
         }
         with self._lock:
             start = time.perf_counter()
-            answer = self._exchange(json.dumps(request))
-            return time.perf_counter() - start, str(json.loads(answer)["error"])
+            answer = json.loads(self._exchange(json.dumps(request)))
+            seconds = time.perf_counter() - start
+        return _Answer(answer["error"], tuple(answer.get("outputs", ())), seconds)
 
     def _exchange(self, line: str) -> str:
         dead = self._process is None or self._process.poll() is not None
@@ -383,6 +386,15 @@ class HtpCompiler:
             encoding="utf-8",
         )
         self._jobs = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the process says of a job: an error or none, names of outputs, time taken in s."""
+
+    error: str
+    outputs: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,18 +443,18 @@ def _dlc_options(folder: Path) -> dict[str, str]:
     }
 
 
-def _read_graph(arch: str, place: _Workplace, error: str, seconds: float) -> HtpGraph:
-    log = place.log_text()
-    if error:
+def _read_graph(arch: str, place: _Workplace, answer: _Answer) -> HtpGraph:
+    if answer.error:
+        log = place.log_text()
         names = tuple(re.findall(r"\{ name: (.*?), type: ", _last_unsupported(log)))
-        return HtpGraph(arch, (), _refusal(error, log), names, seconds)
+        return HtpGraph(arch, (), _refusal(answer.error, log), names, answer.seconds)
     traces = [json.loads(path.read_text("utf-8")) for path in place.dump.glob("*trace.json")]
     sources = _sources(traces)
     ops: list[HtpOp] = []
     for path in sorted(place.dump.glob("*.json")):
         if not path.stem.endswith(("_tensor_log", "trace")):
             ops += parse_qnn_graph(json.loads(path.read_text("utf-8")), sources)
-    return HtpGraph(arch, tuple(ops), seconds=seconds)
+    return HtpGraph(arch, tuple(ops), seconds=answer.seconds)
 
 
 def parse_qnn_graph(

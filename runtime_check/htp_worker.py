@@ -28,28 +28,28 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         _send_output_to(Path(job["log"]))
-        error = _serve(job, device)
-        answers.write(json.dumps({"error": error}) + "\n")
+        answers.write(json.dumps(_serve(job, device)) + "\n")
         answers.flush()
 
 
-def _serve(job: dict[str, Any], device: Any) -> str:
-    """The refusal of one job, or an empty string."""
+def _serve(job: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Does one job. "error" is the refusal or empty; "outputs" names what a run has written."""
     options = ort.SessionOptions()
     options.log_severity_level = job["severity"]
     for key, value in job["session"].items():
         options.add_session_config_entry(key, value)
     options.add_provider_for_devices([device], job["provider"])
+    outputs: list[str] = []
     try:
         session = ort.InferenceSession(job["model"], options)
         if "feeds" in job:
-            with np.load(job["feeds"]) as feeds:
-                values = session.run(None, dict(feeds))
-            names = [output.name for output in session.get_outputs()]
-            np.savez(job["outputs"], **dict(zip(names, values, strict=True)))
+            with np.load(job["feeds"]) as arrays:
+                feeds = {name: arrays[f"arr_{k}"] for k, name in enumerate(job["names"])}
+            np.savez(job["outputs"], *session.run(None, feeds))
+            outputs = [output.name for output in session.get_outputs()]
     except Exception as error:  # ONNX Runtime's own classes share no base
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "", "outputs": outputs}
 
 
 def _register(library: str) -> Any:
