@@ -65,8 +65,8 @@ def _all() -> Iterator[Case]:
     yield from _plain()
     for dtype in ACTIVATIONS:
         for part in (
-            _products, _pointwise, _norms, _layout, _reductions, _constants, _axes, _encodings,
-            _blocks, _convolutions, _attention,
+            _dynamic, _products, _pointwise, _norms, _layout, _reductions, _constants, _axes,
+            _encodings, _blocks, _convolutions, _attention,
         ):  # fmt: skip
             yield from part(dtype)
         for other in ACTIVATIONS:
@@ -82,10 +82,23 @@ def named(case: Case, tail: str) -> Case:
     return replace(case, name=f"{case.name}/{tail}")
 
 
-def _products(dtype: str) -> Iterator[Case]:
-    """MatMul and Gemm: constant and dynamic operands, biases, other result types, zero points."""
+def _dynamic(dtype: str) -> Iterator[Case]:
+    """MatMul of two graph inputs: types, zero points, codes as inputs, broadcast over rank 5."""
     for other in ACTIVATIONS:
-        yield matmul_dynamic(dtype, other)
+        case = matmul_dynamic(dtype, other)
+        yield case
+        yield replace(case, name=f"{case.name}/codes", io="int")
+        for lead in ((2, 1, 3), (1, 3, 1), (1, 2, 2)):
+            for second in ((1, 1, 1), (1, 1), ()):
+                shapes = ((*lead, 8, 16), (*second, 16, 8))
+                tail = f"rank5_{''.join(map(str, lead))}x{''.join(map(str, second)) or 'none'}"
+                yield named(matmul_dynamic(dtype, other, shapes=shapes), tail)
+    for other, zero in product(ACTIVATIONS, (0, 6)):
+        yield named(matmul_dynamic(dtype, other, zero_point=zero), f"zero{zero}")
+
+
+def _products(dtype: str) -> Iterator[Case]:
+    """MatMul and Gemm with constant weights: biases, other result types, zero points."""
     for w, granularity in product(WEIGHTS, ("tensor", "channel")):
         yield matmul_const(dtype, w, granularity)
         for b in ("s32", None):
@@ -346,8 +359,6 @@ def _encodings(dtype: str) -> Iterator[Case]:
         if zero is None or low <= zero <= high:
             result = {"scale": scale, "zero_point": zero}
             yield named(unary(op, dtype, result=result), f"scale{scale:.3g}_zero{zero}")
-    for other, zero in product(ACTIVATIONS, (0, 6)):
-        yield named(matmul_dynamic(dtype, other, zero_point=zero), f"zero{zero}")
     for op in ("RMSNormalization", "LayerNormalization", "LpNormalization", "Softmax"):
         inputs = [x(dtype, 1, 8, 1)]
         if op in {"RMSNormalization", "LayerNormalization"}:
