@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tests.conftest import normal, shared_file
 from tests.htp_cases import build_case
 from tests.htp_random import random_cases
 from tests.htp_sweep import sweep
-from tests.qdq_cases import matmul_const, unary
+from tests.qdq_cases import matmul_const, matmul_dynamic, unary
 
 needs_compiler = pytest.mark.skipif(not is_available(), reason="onnxruntime-qnn is not installed")
 
@@ -248,6 +249,15 @@ def test_without_the_binary_late_refusals_are_missed(htp: HtpCompiler) -> None:
     model = build_case("Gather_embed/u16/diff_enc")
     assert htp.compile(model, "v68", finalize=False).verdict is HtpVerdict.FLOAT
     assert htp.compile(model, "v68").verdict is HtpVerdict.REJECT
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "verdict"), [("s16", "reject"), ("s8", "int")])
+def test_second_operands_straight_from_codes(htp: HtpCompiler, dtype: str, verdict: str) -> None:
+    """A 16-bit one is refused only late, and only as a graph input without QuantizeLinear."""
+    case = matmul_dynamic("u16", dtype)
+    assert htp.compile(case.build(), "v75").verdict is HtpVerdict.INT
+    assert htp.compile(replace(case, io="int").build(), "v75").verdict.value == verdict
 
 
 @needs_compiler
