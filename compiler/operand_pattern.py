@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +16,27 @@ from qnpu.compiler.operands import Operand
 _ABSENT = "-"
 _GRANULARITIES = frozenset({"tensor", "channel", "block", "lpbq"})
 _UNSIGNED = frozenset({"u2", "u4", "u8", "u16"})
-_WORD = re.compile(r"const|var|(rank|block|value)=\d+|z=0|z!=(0|mid)")
+_WORD = re.compile(
+    r"const|var|given|batched|spread|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OperandPattern:
     """What a row says of one operand.
 
-    Written as words: the types first (``u8|s8``, or ``*`` for any), then any of ``const``, ``var``,
-    granularities (``tensor``, ``channel``, ``block``, ``lpbq``; ``tensor|channel`` for either),
-    ``z=0``, ``z!=0``, ``z!=mid`` (zero points), ``rank=N``, ``block=N``, ``value=N`` (a constant of
-    one number). ``-`` alone is an input that is left out.
+    Written as words: the types first (``u8|s8``, or ``*`` for any), then any of
+
+    - ``const``, ``var``, ``given`` (its codes are a graph input);
+    - granularities: ``tensor``, ``channel``, ``block``, ``lpbq``, or ``tensor|channel`` for either;
+    - ``z=0``, ``z!=0``, ``z!=mid``: zero points;
+    - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
+      (of channels or blocks);
+    - ``batched``: dimensions before the last two hold more than one element;
+    - ``spread``: those from the third on do, as in a kernel wider than 1x1;
+    - ``value=N``: a constant of one element, which is that number.
+
+    ``-`` alone is an input that is left out.
 
     Attributes:
         text: as written.
@@ -60,6 +71,11 @@ def _code(operand: Operand, number: str) -> int:
     return 1 << (int(operand.dtype[1:]) - 1) if operand.dtype in _UNSIGNED else 0
 
 
+def _elements(operand: Operand, part: slice) -> int:
+    """Elements of some of the dimensions; 0 where the shape is not static."""
+    return 0 if operand.shape is None else math.prod(operand.shape[part])
+
+
 def _is_number(operand: Operand, number: float) -> bool:
     """A constant of one element, which stands for the number within half an LSB."""
     codes = constant_array(operand.codes)
@@ -73,6 +89,11 @@ def _is_number(operand: Operand, number: float) -> bool:
 _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "const": lambda operand, _: operand.constant,
     "var": lambda operand, _: not operand.constant,
+    "given": lambda operand, _: operand.codes is not None and operand.codes.is_graph_input(),
+    "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,
+    "spread": lambda operand, _: _elements(operand, slice(2, None)) > 1,
+    "last": lambda operand, number: _elements(operand, slice(-1, None)) == int(number),
+    "axis": lambda operand, number: operand.axis == int(number),
     "rank": lambda operand, number: operand.rank == int(number),
     "block": lambda operand, number: operand.block == int(number),
     "value": lambda operand, number: _is_number(operand, float(number)),

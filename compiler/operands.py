@@ -73,11 +73,16 @@ class Operand:
 
     def same_encoding(self, other: Operand) -> bool:
         """Both give every real number the same code."""
+        return self.same_scale(other) and np.array_equal(
+            _flat(self.zero_point), _flat(other.zero_point)
+        )
+
+    def same_scale(self, other: Operand) -> bool:
+        """Both have one type and one size of an LSB; zero points may differ."""
         return (
             self.dtype == other.dtype
             and self.granularity == other.granularity
             and np.array_equal(_flat(self.scale), _flat(other.scale))
-            and np.array_equal(_flat(self.zero_point), _flat(other.zero_point))
         )
 
     def __str__(self) -> str:
@@ -109,9 +114,9 @@ class Operation:
 
     @property
     def rank(self) -> int | None:
-        """The largest rank among inputs and outputs; None where one is not known."""
+        """The largest rank among inputs and outputs, of those that are known; None for none."""
         ranks = [operand.rank for operand in (*self.present, *self.outputs)]
-        return None if None in ranks else max((r for r in ranks if r is not None), default=0)
+        return max((rank for rank in ranks if rank is not None), default=None)
 
     def __str__(self) -> str:
         inputs = ", ".join("-" if operand is None else str(operand) for operand in self.inputs)

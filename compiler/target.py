@@ -133,9 +133,11 @@ class OpRule(_Table):
             inputs past the last pattern are free.
         output: pattern that each output fits; ``=`` stands for the type of the first input.
         output_is_not: pattern that no output fits.
-        encodings: ``same`` or ``differ``: first input against every output.
+        encodings: ``same`` or ``differ``: first input against every output; ``scale-differs``
+            where it is not the zero point alone.
         types: ``same`` or ``differ``: the types of all inputs and outputs.
         all_encodings: as ``encodings``, over all quantized variable inputs and outputs.
+        batch: ``differ``: the first two inputs have other leading dimensions.
         rank_above: some input or output has a higher rank.
         rank_below: every input and output has a lower rank.
         attributes: name → values that fit; ``last`` stands for the last axis, ``absent`` for an
@@ -154,9 +156,10 @@ class OpRule(_Table):
     inputs: tuple[tuple[str, ...], ...] = ()
     output: str = ""
     output_is_not: str = ""
-    encodings: Literal["", "same", "differ"] = ""
+    encodings: Literal["", "same", "differ", "scale-differs"] = ""
     types: Literal["", "same", "differ"] = ""
     all_encodings: Literal["", "same", "differ"] = ""
+    batch: Literal["", "differ"] = ""
     rank_above: int | None = None
     rank_below: int | None = None
     attributes: dict[str, tuple[int | float | str, ...]] = {}

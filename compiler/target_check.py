@@ -154,7 +154,11 @@ def _encodings(rule: OpRule, operation: Operation) -> bool:
     if not rule.encodings:
         return True
     first = operation.inputs[0] if operation.inputs else None
-    same = first is not None and all(first.same_encoding(out) for out in operation.outputs)
+    if first is None:
+        return False
+    if rule.encodings == "scale-differs":
+        return any(not first.same_scale(output) for output in operation.outputs)
+    same = all(first.same_encoding(output) for output in operation.outputs)
     return same == (rule.encodings == "same")
 
 
@@ -171,6 +175,14 @@ def _all_encodings(rule: OpRule, operation: Operation) -> bool:
     operands = [o for o in (*operation.present, *operation.outputs) if o.quantized]
     same = all(operand.same_encoding(operands[0]) for operand in operands)
     return same == (rule.all_encodings == "same")
+
+
+def _batch(rule: OpRule, operation: Operation) -> bool:
+    if not rule.batch:
+        return True
+    shapes = [operand.shape for operand in operation.present[:2]]
+    first, second = (shape[:-2] if shape is not None else None for shape in shapes)
+    return first != second
 
 
 def _rank_above(rule: OpRule, operation: Operation) -> bool:
@@ -229,6 +241,7 @@ _CONDITIONS = (
     _encodings,
     _types,
     _all_encodings,
+    _batch,
     _rank_above,
     _rank_below,
     _attributes,
