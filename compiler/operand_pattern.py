@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import constant_array
 from qnpu.compiler.operands import Operand
@@ -27,7 +28,7 @@ class OperandPattern:
 
     Written as words: the types first (``u8|s8``, or ``*`` for any), then any of
 
-    - ``const``, ``var``, ``given`` (its codes are a graph input);
+    - ``const``, ``var``, ``given`` (its codes are an input or output of the graph);
     - granularities: ``tensor``, ``channel``, ``block``, ``lpbq``, or ``tensor|channel`` for either;
     - ``z=0``, ``z!=0``, ``z!=mid``: zero points;
     - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
@@ -71,6 +72,10 @@ def _code(operand: Operand, number: str) -> int:
     return 1 << (int(operand.dtype[1:]) - 1) if operand.dtype in _UNSIGNED else 0
 
 
+def _crosses_border(codes: ir.Value | None) -> bool:
+    return codes is not None and (codes.is_graph_input() or codes.is_graph_output())
+
+
 def _elements(operand: Operand, part: slice) -> int:
     """Elements of some of the dimensions; 0 where the shape is not static."""
     return 0 if operand.shape is None else math.prod(operand.shape[part])
@@ -89,7 +94,7 @@ def _is_number(operand: Operand, number: float) -> bool:
 _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "const": lambda operand, _: operand.constant,
     "var": lambda operand, _: not operand.constant,
-    "given": lambda operand, _: operand.codes is not None and operand.codes.is_graph_input(),
+    "given": lambda operand, _: _crosses_border(operand.codes),
     "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,
     "spread": lambda operand, _: _elements(operand, slice(2, None)) > 1,
     "last": lambda operand, number: _elements(operand, slice(-1, None)) == int(number),
