@@ -18,7 +18,7 @@ _ABSENT = "-"
 _GRANULARITIES = frozenset({"tensor", "channel", "block", "lpbq"})
 _UNSIGNED = frozenset({"u2", "u4", "u8", "u16"})
 _WORD = re.compile(
-    r"const|var|given|batched|spread|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
+    r"const|var|given|no-zero|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
 )
 
 
@@ -30,11 +30,12 @@ class OperandPattern:
 
     - ``const``, ``var``, ``given`` (its codes are an input or output of the graph);
     - granularities: ``tensor``, ``channel``, ``block``, ``lpbq``, or ``tensor|channel`` for either;
-    - ``z=0``, ``z!=0``, ``z!=mid``: zero points;
+    - ``z=0``, ``z!=0``, ``z!=mid``: zero points; ``no-zero``: the file states none;
     - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
       (of channels or blocks);
     - ``batched``: dimensions before the last two hold more than one element;
-    - ``spread``: those from the third on do, as in a kernel wider than 1x1;
+    - ``spread``: those from the third on do, as in a kernel wider than 1x1; ``pointwise``: they do
+      not;
     - ``value=N``: a constant of one element, which is that number.
 
     ``-`` alone is an input that is left out.
@@ -95,8 +96,10 @@ _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "const": lambda operand, _: operand.constant,
     "var": lambda operand, _: not operand.constant,
     "given": lambda operand, _: _crosses_border(operand.codes),
+    "no-zero": lambda operand, _: not operand.has_zero_point,
     "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,
     "spread": lambda operand, _: _elements(operand, slice(2, None)) > 1,
+    "pointwise": lambda operand, _: _elements(operand, slice(2, None)) == 1,
     "last": lambda operand, number: _elements(operand, slice(-1, None)) == int(number),
     "axis": lambda operand, number: operand.axis == int(number),
     "rank": lambda operand, number: operand.rank == int(number),

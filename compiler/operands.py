@@ -49,6 +49,7 @@ class Operand:
         codes: the integer tensor; None where there is no encoding.
         scale: real units per LSB; None where it is computed (``lpbq``) or there is no encoding.
         zero_point: LSB, as ``scale``; zeros where the node leaves it out.
+        has_zero_point: the node states one.
     """
 
     value: ir.Value
@@ -61,6 +62,7 @@ class Operand:
     codes: ir.Value | None = None
     scale: NDArray[np.float32] | None = None
     zero_point: NDArray[np.int64] | None = None
+    has_zero_point: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -217,6 +219,7 @@ def _encoded(value: ir.Value, node: ir.Node, codes: ir.Value) -> Operand:
         codes,
         scale,
         zero,
+        zero_value is not None,
     )
 
 

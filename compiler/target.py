@@ -132,7 +132,7 @@ class OpRule(_Table):
         inputs: patterns of the inputs in order (see ``OperandPattern``), several alternatives;
             inputs past the last pattern are free.
         output: pattern that each output fits; ``=`` stands for the type of the first input.
-        output_is_not: pattern that no output fits.
+        output_is_not: pattern that some output does not fit.
         encodings: ``same`` or ``differ``: first input against every output; ``scale-differs``
             where it is not the zero point alone.
         types: ``same`` or ``differ``: the types of all inputs and outputs.
@@ -195,6 +195,8 @@ class TargetProfile(_Table):
         mask_value: constant for masked scores, real; None where any will do.
         unlisted: verdict on an operator that no row speaks of.
         unmatched: verdict on a node whose operator has rows, none of which fits.
+        no_float: operators that the target does not have in floating point: what a row calls
+            ``float`` is refused there.
         islands: verdict on a node with a float input or output, where no row says otherwise.
         rules: rows, own ones before inherited ones.
         tolerance_lsb: operator and type (``Softmax/u16``) → largest difference to ONNX Runtime that
@@ -216,6 +218,7 @@ class TargetProfile(_Table):
     unlisted: Verdict = Verdict.UNKNOWN
     unmatched: Verdict = Verdict.REJECT
     islands: Verdict = Verdict.FLOAT
+    no_float: tuple[str, ...] = ()
     rules: tuple[OpRule, ...] = ()
     tolerance_lsb: dict[str, Annotated[int, Field(ge=0)]] = {}
     handoff: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -86,6 +86,13 @@ def check_target(model: ir.Model, profile: TargetProfile) -> TargetReport:
 
 def judge(operation: Operation, profile: TargetProfile) -> NodeVerdict:
     """The verdict of the first row that fits a node, or the profile's word on what has none."""
+    found = _first_fit(operation, profile)
+    if found.verdict is Verdict.FLOAT and operation.op_type in profile.no_float:
+        return replace(found, verdict=Verdict.REJECT)
+    return found
+
+
+def _first_fit(operation: Operation, profile: TargetProfile) -> NodeVerdict:
     island = is_island(operation)
     rules = profile.rules_for(operation.op_type)
     for rule in rules:
@@ -138,7 +145,7 @@ def _output(rule: OpRule, operation: Operation) -> bool:
 
 
 def _output_is_not(rule: OpRule, operation: Operation) -> bool:
-    return not rule.output_is_not or not any(
+    return not rule.output_is_not or not all(
         _fits_output(rule.output_is_not, operation, output) for output in operation.outputs
     )
 
