@@ -128,20 +128,23 @@ class Operation:
 def operations(graph: ir.Graph) -> Iterator[Operation]:
     """Every node that does something, in graph order."""
     for node in graph:
-        if _is(node, DEQUANTIZE):
-            continue
-        if _is(node, QUANTIZE):
-            change = _change_of_encoding(node)
-            if change is not None:
-                yield change
-            continue
-        standard = is_standard(node)
-        yield Operation(
-            node,
-            node.op_type if standard else f"{node.domain}.{node.op_type}",
-            tuple(None if value is None else input_operand(value) for value in node.inputs),
-            tuple(output_operand(v) for v in node.outputs if v.uses() or v.is_graph_output()),
-        )
+        operation = operation_of(node)
+        if operation is not None:
+            yield operation
+
+
+def operation_of(node: ir.Node) -> Operation | None:
+    """A node with what it computes on; None for one that only says how a tensor is held."""
+    if _is(node, DEQUANTIZE):
+        return None
+    if _is(node, QUANTIZE):
+        return _change_of_encoding(node)
+    return Operation(
+        node,
+        node.op_type if is_standard(node) else f"{node.domain}.{node.op_type}",
+        tuple(None if value is None else input_operand(value) for value in node.inputs),
+        tuple(output_operand(v) for v in node.outputs if v.uses() or v.is_graph_output()),
+    )
 
 
 def input_operand(value: ir.Value) -> Operand:

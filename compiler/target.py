@@ -6,9 +6,16 @@ import enum
 import tomllib
 from functools import lru_cache
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.operand_pattern import pattern_of
@@ -48,6 +55,25 @@ class Fault(enum.StrEnum):
     ENCODINGS = "encodings"
     ISLAND = "island"
     CHANGED = "changed"
+
+
+class Legalization(enum.StrEnum):
+    """A rewrite that makes a node what the target takes; passes/legalize_target.py has them all.
+
+    Some make codes of a type that the row names beside it (``OpRule.to``).
+    """
+
+    REQUANTIZE_BEFORE = "requantize-before"
+    SECOND_OPERAND = "second-operand"
+    FORCED_ENCODING = "forced-encoding"
+    ONE_TYPE = "one-type"
+    UNSIGNED = "unsigned"
+    DERIVE_BIAS = "derive-bias"
+    LPBQ = "lpbq"
+    CONV_1X1 = "conv-1x1"
+    DECOMPOSE_ROTARY = "decompose-rotary"
+    POW_TO_MUL = "pow-to-mul"
+    REDUCE_RANK = "reduce-rank"
 
 
 class _Table(BaseModel):
@@ -150,6 +176,9 @@ class OpRule(_Table):
         does: what the vendor's compiler does with it, half a sentence.
         fix: what to do, half a sentence.
         source: where this is known from.
+        legalize: rewrite after which the node fits a better row; None where there is none.
+        to: type of the codes it makes, where it has a choice: of a ``second-operand``, or of the
+            block scales of ``lpbq``, which are 1 up to its highest code.
     """
 
     ops: tuple[str, ...] = Field(min_length=1)
@@ -172,6 +201,8 @@ class OpRule(_Table):
     does: str = ""
     fix: str = ""
     source: str = ""
+    legalize: Legalization | None = None
+    to: Literal["", "u4", "u8", "s8", "u16", "s16"] = ""
 
     @field_validator("inputs")
     @classmethod
@@ -179,6 +210,17 @@ class OpRule(_Table):
         for text in (text for combination in value for text in combination):
             pattern_of(text)
         return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        chooses = self.legalize in (Legalization.SECOND_OPERAND, Legalization.LPBQ)
+        if bool(self.to) != chooses:
+            raise ValueError("`to` goes with `legalize` = second-operand or lpbq, and only these")
+        if self.legalize is Legalization.FORCED_ENCODING and self.unless_forced is None:
+            raise ValueError("`legalize` = forced-encoding needs `unless_forced`")
+        if self.legalize is Legalization.REDUCE_RANK and self.rank_above is None:
+            raise ValueError("`legalize` = reduce-rank needs `rank_above`")
+        return self
 
 
 class TargetProfile(_Table):
