@@ -19,6 +19,7 @@ from qnpu.compiler.graph_edit import (
 )
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.rotary import turn_halves, turn_pairs
 
 Tables = dict[tuple[str, int, bool], ir.Value]
 """A table made ready, by its name, its width, and whether it is for pairs side by side."""
@@ -70,64 +71,9 @@ def _decompose(graph: ir.Graph, node: ir.Node, tables: Tables) -> int:
     cos_row = _table(graph, cos, cos_array, rotated // 2, pairs, tables)
     sin_row = _table(graph, sin, sin_array, rotated // 2, pairs, tables)
     build = NodeBuilder(graph, node)
-    if pairs:
-        result = _turn_pairs(build, source, shape, rotated, cos_row, sin_row)
-    else:
-        result = _turn_halves(build, source, shape, rotated, cos_row, sin_row)
-    build.replace(result)
+    turn = turn_pairs if pairs else turn_halves
+    build.replace(turn(build, source, shape, rotated, cos_row, sin_row))
     return 1
-
-
-def _turn_halves(
-    build: NodeBuilder,
-    source: ir.Value,
-    shape: tuple[int, ...],
-    rotated: int,
-    cos: ir.Value,
-    sin: ir.Value,
-) -> ir.Value:
-    half, rest = rotated // 2, shape[-1] - rotated
-    lengths = build.integers("split", half, half, *([rest] if rest else []))
-    labels = ["first", "second", *(["rest"] if rest else [])]
-    first, second, *kept = build.add_many("Split", [source, lengths], labels, axis=-1)
-    return build.add("Concat", [*_turn(build, first, second, cos, sin), *kept], "turned", axis=-1)
-
-
-def _turn_pairs(
-    build: NodeBuilder,
-    source: ir.Value,
-    shape: tuple[int, ...],
-    rotated: int,
-    cos: ir.Value,
-    sin: ir.Value,
-) -> ir.Value:
-    batch, heads, tokens, width = shape
-    kept: list[ir.Value] = []
-    if width > rotated:
-        lengths = build.integers("split", rotated, width - rotated)
-        source, *kept = build.add_many("Split", [source, lengths], ["front", "rest"], axis=-1)
-    columns = build.integers("pairs_shape", batch, heads, tokens * (rotated // 2), 2)
-    pairs = build.add("Reshape", [source, columns], "pairs")
-    one_each = build.integers("pair", 1, 1)
-    first, second = build.add_many("Split", [pairs, one_each], ["first", "second"], axis=-1)
-    turned = build.add("Concat", _turn(build, first, second, cos, sin), "turned_pairs", axis=-1)
-    rows = build.integers("turned_shape", batch, heads, tokens, rotated)
-    result = build.add("Reshape", [turned, rows], "turned")
-    return build.add("Concat", [result, *kept], "whole", axis=-1) if kept else result
-
-
-def _turn(
-    build: NodeBuilder, first: ir.Value, second: ir.Value, cos: ir.Value, sin: ir.Value
-) -> list[ir.Value]:
-    real = (
-        build.add("Mul", [first, cos], "first_cos"),
-        build.add("Mul", [second, sin], "second_sin"),
-    )
-    other = (
-        build.add("Mul", [second, cos], "second_cos"),
-        build.add("Mul", [first, sin], "first_sin"),
-    )
-    return [build.add("Sub", real, "turned_first"), build.add("Add", other, "turned_second")]
 
 
 def _table(
