@@ -278,12 +278,13 @@ class TargetProfile(_Table):
 
     def rules_for(self, op_type: str) -> list[OpRule]:
         """Rows that speak of an operator on this architecture, in order."""
-        return [
-            rule
-            for rule in self.rules
-            if (op_type in rule.ops or "*" in rule.ops)
-            and rule.min_arch <= self.vendor.arch <= rule.max_arch
-        ]
+        rows = self.rules_for_arch()
+        return [rule for rule in rows if op_type in rule.ops or "*" in rule.ops]
+
+    def rules_for_arch(self) -> list[OpRule]:
+        """Rows that speak of this architecture, in order."""
+        arch = self.vendor.arch
+        return [rule for rule in self.rules if rule.min_arch <= arch <= rule.max_arch]
 
 
 def target_names() -> list[str]:

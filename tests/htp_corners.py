@@ -1,0 +1,116 @@
+"""Corners of the Hexagon profile that neither the sweep nor the random cases reach, by verdict."""
+
+from __future__ import annotations
+
+from tests.qdq_cases import Case, Operand, Step, const, ints, single, weight, x, y
+
+INT, FLOAT, REJECT = "int", "float", "reject"
+
+_ROW = (4, 8, 32)
+
+
+def _updates(dtype: str) -> Case:
+    index = Operand("i64", (2, 8), const=True, values=tuple([0] * 8 + [2] * 8))
+    operands = [x("u8", 4, 8), index, x(dtype, 2, 8)]
+    return single(f"ScatterElements/u8+{dtype}", "ScatterElements", operands, y("u8"), axis=0)
+
+
+def _resize(coordinates: str, rounding: str) -> Case:
+    scales = Operand("f32", (4,), const=True, values=(1.0, 1.0, 2.0, 2.0))
+    return single(
+        f"Resize/{coordinates}/{rounding}",
+        "Resize",
+        [x("u8", 1, 4, 8, 8), None, scales],
+        y("u8"),
+        mode="nearest",
+        coordinate_transformation_mode=coordinates,
+        nearest_mode=rounding,
+    )
+
+
+def _layer_norm(name: str, gain: Operand, out: str = "u16") -> Case:
+    bias = const("s32", 32, scale=1e-8, zero_point=0)
+    operands = [x("u16", *_ROW), gain, bias]
+    return single(f"LayerNormalization/{name}", "LayerNormalization", operands, y(out), axis=-1)
+
+
+def _converted() -> Case:
+    """Two users of one tensor, at two widths: the second reads it converted."""
+    steps = (
+        Step("Relu", (x("u16", 4, 8),), (y("u16"),)),
+        Step("Identity", ((0, 0),), (y("u8"),)),
+        Step("Sigmoid", ((1, 0),), (y("u8", scale=1 / 256, zero_point=0),)),
+    )
+    return Case("Convert/u16->u8", steps)
+
+
+def _rms(io: str, batch: int) -> Case:
+    operands = [x("s16", batch, 8, 32), const("s16", 32)]
+    name = f"RMSNormalization/s16/{io}/batch{batch}"
+    return single(name, "RMSNormalization", operands, y("s16"), opset=23, io=io, axis=-1)
+
+
+def _batched(io: str) -> Case:
+    operands = [x("s16", 2, 16, 8), x("s8", 2, 8, 16)]
+    return single(f"MatMul/s16xs8/{io}", "MatMul", operands, y("s16"), io=io)
+
+
+def _gather_elements(zero_point: int) -> Case:
+    operands = [x("u8", 4, 8), Operand("i64", (4, 8))]
+    result = y("u8", zero_point=zero_point)
+    return single(f"GatherElements/u8/{zero_point}", "GatherElements", operands, result, axis=1)
+
+
+def _where(dtype: str) -> Case:
+    operands = [Operand("bool", (4, 8)), Operand(dtype, (4, 8)), Operand(dtype, (4, 8))]
+    return single(f"Where/{dtype}", "Where", operands, Operand(dtype))
+
+
+def _gemm(axis: int, *bias: Operand) -> Case:
+    operands = [x("u16", 8, 64), weight("s8", "channel", 64, 32, axis=axis), *bias]
+    return single(f"Gemm/axis{axis}+{len(bias)}", "Gemm", operands, y("u16"))
+
+
+def _behind_relu(op: str, second: Operand, opset: int = 21, **attributes: int) -> Case:
+    """A batch of s16 that leaves the graph as codes."""
+    relu = Step("Relu", (x("s16", 4, 8, 32),), (y("s16"),))
+    step = Step(op, ((0, 0), second), (y("s16"),), attributes)
+    return Case(f"Relu/s16→{op}/int", (relu, step), opset, "int")
+
+
+def corner_cases() -> list[tuple[Case, str]]:
+    """Each with what the real compiler says on v75; what is silently changed counts as its int."""
+    wide_kernel = const("s4", 4, 32, 3, 3, granularity="block", axis=1, block=16)
+    wrong_axis = const("s8", 16, 8, 3, 3, granularity="channel", axis=0)
+    image = x("u8", 1, 16, 8, 8)
+    moved, ids = y("u16", zero_point=5), Operand("i32", (1, 8))
+    return [
+        (single("Gather/zero", "Gather", [x("u16", 5, 8), ints(1, 2)], moved), REJECT),
+        (single("Gather/s4", "Gather", [const("s4", 40, 16), ids], y("s4")), INT),
+        (_updates("u8"), INT),
+        (_updates("s8"), FLOAT),
+        (_resize("half_pixel", "floor"), INT),
+        (_resize("asymmetric", "floor"), INT),
+        (_resize("asymmetric", "ceil"), REJECT),
+        (single("Pow/u16^u8", "Pow", [x("u16", 4, 8), const("u8")], y("u16")), FLOAT),
+        (single("Pow/u16^u16", "Pow", [x("u16", 4, 8), const("u16")], y("u16")), INT),
+        (_converted(), INT),
+        (_rms("float", 4), INT),
+        (_rms("int", 4), REJECT),
+        (_rms("int", 1), INT),
+        (_layer_norm("u16", const("u16", 32)), INT),
+        (_layer_norm("u16/zero", const("u16", 32, zero_point=0)), REJECT),
+        (_layer_norm("u16->u8", const("u16", 32), "u8"), REJECT),
+        (single("Conv/block/3x3", "Conv", [x("u16", 1, 32, 8, 8), wide_kernel], y("u16")), REJECT),
+        (single("ConvTranspose/axis0", "ConvTranspose", [image, wrong_axis], y("u8")), REJECT),
+        (_gemm(0), INT),
+        (_gemm(1), INT),
+        (_gather_elements(128), INT),
+        (_gather_elements(5), REJECT),
+        (_where("i32"), INT),
+        (_gemm(0, const("f32", 32)), REJECT),
+        (_behind_relu("RMSNormalization", const("s16", 32), opset=23, axis=-1), REJECT),
+        (_behind_relu("MatMul", x("s8", 4, 32, 16)), INT),
+        (_batched("float"), INT),
+        (_batched("int"), REJECT),
+    ]
