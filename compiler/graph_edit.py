@@ -120,6 +120,11 @@ class NodeBuilder:
         self._node = node
         self._name = name_of(node) or name_of(node.outputs[0])
 
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """All nodes made so far, in order."""
+        return list(self._nodes)
+
     def add(
         self, op_type: str, inputs: Sequence[ir.Value | None], label: str, **attributes: Any
     ) -> ir.Value:

@@ -43,6 +43,7 @@ from qnpu.passes.fuse_normalization import FuseNormalization
 from qnpu.passes.fuse_rotation import FuseRotation
 from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.passes.insert_qdq import InsertQdq
+from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
 from qnpu.runtime_check.feeds import FeedSource
@@ -87,6 +88,7 @@ def default_passes(
         CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
         UnifyEncodings(),
         InsertQdq(),
+        LegalizeTarget(),
     ]
 
 

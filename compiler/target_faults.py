@@ -105,20 +105,22 @@ def _node_faults(node: NodeVerdict, profile: TargetProfile) -> Iterator[Diagnost
         yield rule(str(operation), profile.id, node.does, node.fix).at(node=name, value=where)
     if operation.op_type not in _LINEARS:
         return
-    bias = operation.inputs[2] if len(operation.inputs) > 2 else None
-    if bias is not None and profile.bias.derived:
-        factor = _bias_factor(operation, bias)
-        if factor is not None:
-            place = name_of(bias.value)
-            yield IgnoredBiasScale(factor, profile.id).at(node=name, value=place)
+    factor = bias_factor(operation) if profile.bias.derived else None
+    if factor is not None and operation.inputs[2] is not None:
+        place = name_of(operation.inputs[2].value)
+        yield IgnoredBiasScale(factor, profile.id).at(node=name, value=place)
     bits = profile.graph.accumulator_bits
     needed = accumulator_bits(operation) if bits else None
     if needed is not None and needed > bits:
         yield AccumulatorOverflow(bits, needed, profile.id).at(node=name)
 
 
-def _bias_factor(operation: Operation, bias: Operand) -> float | None:
-    """How far the scale of an int32 bias is from input times weight; None where it agrees."""
+def bias_factor(operation: Operation) -> float | None:
+    """How far the scale of a linear's int32 bias is from input times weight; None where it agrees,
+    or there is no such bias."""
+    bias = operation.inputs[2] if len(operation.inputs) > 2 else None
+    if bias is None or operation.op_type not in _LINEARS:
+        return None
     factors = [operand.scale for operand in operation.inputs[:2] if operand is not None]
     scales = [scale.astype(np.float64).reshape(-1) for scale in factors if scale is not None]
     if bias.dtype != "s32" or bias.scale is None or len(scales) != 2:

@@ -563,6 +563,52 @@ class NotQuantized(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class RescaledBlocks(Rule):
+    """What it checks
+        A weight in blocks with float scales was given block scales of few bits over one float scale
+        per channel, and its codes were rounded anew.
+
+    Why it matters
+        The target multiplies such blocks in integers and others not, but the weight changes a
+        little: the message states by how much.
+
+    Example
+        ```onnx
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 4] x) => (float[1, 2] y)
+        <float s = {0.1}, uint16 z = {32768}, int4[4, 2] w = {1, 2, 3, 4, 5, 6, 7, -7},
+         float[2, 2] t = {0.1, 0.2, 0.03, 0.5}, int4[2, 2] zw = {0, 0, 0, 0}>
+        {
+            xq = QuantizeLinear(x, s, z)
+            xd = DequantizeLinear(xq, s, z)
+            wd = DequantizeLinear<axis: int = 0, block_size: int = 2>(w, t, zw)
+            p = MatMul(xd, wd)
+            pq = QuantizeLinear(p, s, z)
+            y = DequantizeLinear(pq, s, z)
+        }
+        ```
+
+    How to fix
+        Nothing is wrong. Compare perplexities, or use one scale per output channel.
+    """
+
+    code: ClassVar[str] = "QN526"
+    name: ClassVar[str] = "rescaled-blocks"
+    severity: ClassVar[Severity] = Severity.NOTE
+    sqnr: float
+    scales: str
+
+    def message(self) -> str:
+        return (
+            f"block scales were rounded to {self.scales} over a scale per channel: "
+            f"{self.sqnr:g} dB signal over error against the weight before"
+        )
+
+    def help(self) -> str:
+        return "nothing needs to be done; one scale per output channel is taken as it is"
+
+
+@dataclass(frozen=True, slots=True)
 class RefusedByCompiler(Rule):
     """What it checks
         With ``--oracle``: the vendor's own compiler accepts the graph.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.qdq_cases import Case, Operand, Step, const, ints, single, weight, x, y
+from tests.qdq_cases import Case, Operand, Step, const, floats, ints, single, weight, x, y
 
 INT, FLOAT, REJECT = "int", "float", "reject"
 
@@ -32,6 +32,12 @@ def _layer_norm(name: str, gain: Operand, out: str = "u16") -> Case:
     bias = const("s32", 32, scale=1e-8, zero_point=0)
     operands = [x("u16", *_ROW), gain, bias]
     return single(f"LayerNormalization/{name}", "LayerNormalization", operands, y(out), axis=-1)
+
+
+def _rotary() -> Case:
+    """Tables that are not quantized."""
+    operands = [x("u16", 1, 2, 8, 16), *(Operand("f32", (1, 8, 8), const=True) for _ in range(2))]
+    return single("RotaryEmbedding/f32", "RotaryEmbedding", operands, y("u16"), opset=23)
 
 
 def _converted() -> Case:
@@ -94,6 +100,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_resize("asymmetric", "ceil"), REJECT),
         (single("Pow/u16^u8", "Pow", [x("u16", 4, 8), const("u8")], y("u16")), FLOAT),
         (single("Pow/u16^u16", "Pow", [x("u16", 4, 8), const("u16")], y("u16")), INT),
+        (single("Pow/u16^2", "Pow", [x("u16", 4, 8), floats(2.0)], y("u16")), FLOAT),
+        (_rotary(), FLOAT),
         (_converted(), INT),
         (_rms("float", 4), INT),
         (_rms("int", 4), REJECT),

@@ -30,6 +30,7 @@ from qnpu.compiler.rules import all_rules, manual_page
 from qnpu.compiler.target import load_target, target_names
 from qnpu.compiler.target_check import check_target
 from qnpu.compiler.target_faults import target_faults
+from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.runtime_check.session import Array, Feeds
 from tests.conftest import normal, parse
 
@@ -162,6 +163,9 @@ def triggered(text: str) -> set[str]:
         for name in target_names():
             report = check_target(parse(text), load_target(name))
             codes |= {fault.code for fault in target_faults(parse(text), report)}
+            legal = Compilation(parse(text), load_target(name))
+            LegalizeTarget().run(legal)
+            codes |= {diagnostic.code for diagnostic in legal.diagnostics}
     compilation = Compilation(parse(text))
     online = ("r4",) if "down =" in text else ()  # one with nothing to do says so
     passes = default_passes(CompileConfig(seq_len=4, online=online), AnyData())

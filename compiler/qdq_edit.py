@@ -1,0 +1,298 @@
+"""Edits of a Q/DQ graph: other codes for an operand, new pairs, nodes with encoded results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qnpu.compiler.diagnostics import Diagnostic
+from qnpu.compiler.graph_edit import (
+    constant_array,
+    like,
+    name_of,
+    register_tensor,
+    replace_value,
+)
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand, output_operand
+from qnpu.compiler.quant_types import Encoding, PerTensor, QuantSpec
+
+
+def spec_of(dtype: str) -> QuantSpec:
+    """The per-tensor type of a short name, as ``u16``; every code of it may be in use.
+
+    Raises:
+        ValueError: it is the name of no integer type.
+    """
+    if dtype[:1] not in ("u", "s") or not dtype[1:].isdigit():
+        raise ValueError(f"`{dtype}` is no type of codes")
+    return QuantSpec(int(dtype[1:]), signed=dtype[0] == "s", symmetric=False)
+
+
+def encoding_of(operand: Operand) -> Encoding | None:
+    """The encoding of an operand with one known scale; None for any other."""
+    if operand.scale is None or operand.zero_point is None or operand.scale.size != 1:
+        return None
+    zero = operand.zero_point.reshape(()).astype(np.int32)
+    return Encoding(spec_of(operand.dtype), operand.scale.reshape(()).astype(np.float32), zero)
+
+
+def same_numbers(encoding: Encoding, spec: QuantSpec) -> Encoding:
+    """The encoding of a type no narrower that gives each code the number it stood for.
+
+    The scale stays. From signed to unsigned, codes and zero point move up by half the range of the
+    narrower type; the other way they move down where the types are of one width.
+    """
+    before = encoding.spec
+    shift = 0
+    if before.signed and not spec.signed:
+        shift = 1 << (before.bits - 1)
+    elif spec.signed and not before.signed and spec.bits == before.bits:
+        shift = -(1 << (before.bits - 1))
+    return Encoding(spec, encoding.scale, np.asarray(encoding.zero_point + shift, np.int32))
+
+
+def finer(encoding: Encoding, spec: QuantSpec) -> Encoding:
+    """The encoding of a wider type over the same range: its codes are fractions of the old ones."""
+    steps = 1 << (spec.bits - encoding.spec.bits)
+    scale = np.asarray(encoding.scale / steps, np.float32)
+    lowest = encoding.spec.q_min - encoding.zero_point.astype(np.int64)
+    return Encoding(spec, scale, np.asarray(spec.q_min - lowest * steps, np.int32))
+
+
+class QdqEditor:
+    """Changes a Q/DQ graph. It knows which names are taken, so use one for a whole pass.
+
+    Attributes:
+        graph: what is changed.
+        diagnostics: what a rewrite has to say of its result.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.diagnostics: list[Diagnostic] = []
+        values = [*graph.inputs, *graph.initializers.values()]
+        values += [value for node in graph for value in node.outputs]
+        self._names = {name_of(value) for value in values} | {name_of(node) for node in graph}
+
+    def free_name(self, name: str) -> str:
+        """``name``, or with the first number behind it that nothing has; it is taken from then."""
+        candidate, number = name, 0
+        while candidate in self._names or candidate in self.graph.initializers:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._names.add(candidate)
+        return candidate
+
+    def constant(
+        self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """A new initializer."""
+        return register_tensor(self.graph, ir.tensor(array, dtype=dtype, name=self.free_name(name)))
+
+    def parameters(self, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
+        """Initializers of a scale and an explicit zero point."""
+        zero = encoding.zero_point
+        narrow = zero.astype(np.int8) if encoding.spec.bits == 4 else zero
+        codes = narrow.astype(encoding.spec.code_dtype)
+        return (
+            self.constant(f"{name}_scale", encoding.scale),
+            self.constant(f"{name}_zero_point", codes, encoding.spec.dtype),
+        )
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        shape: Sequence[int] | None,
+        *,
+        before: ir.Node,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """A node with one float output, put before another.
+
+        Args:
+            op_type: operator.
+            inputs: as the operator takes them.
+            name: of node and output, made unique.
+            shape: of the output, None for unknown.
+            before: its place.
+            domain: of the operator.
+            attributes: as the operator takes them.
+        """
+        label = self.free_name(name)
+        node = ir.node(op_type, inputs, attributes or None, domain=domain, name=label)
+        value = node.outputs[0]
+        value.name, value.type = label, ir.TensorType(ir.DataType.FLOAT)
+        value.shape = None if shape is None else ir.Shape(list(shape))
+        self.graph.insert_before(before, node)
+        return value
+
+    def pair(self, value: ir.Value, encoding: Encoding, *, reuse: bool = True) -> ir.Value:
+        """The value behind a Q/DQ pair of an encoding.
+
+        Args:
+            value: a float.
+            encoding: per tensor.
+            reuse: take a pair of that encoding that the value already has.
+        """
+        found = _existing_pair(value, encoding) if reuse else None
+        if found is not None:
+            return found
+        kind = f"{'s' if encoding.spec.signed else 'u'}{encoding.spec.bits}"
+        base = f"{name_of(value)}_{kind}"
+        scale, zero = self.parameters(base, encoding)
+        label = self.free_name(f"{base}_{QUANTIZE}")
+        quantize = ir.node(QUANTIZE, [value, scale, zero], name=label)
+        codes = quantize.outputs[0]
+        codes.name, codes.shape = self.free_name(f"{base}_quantized"), value.shape
+        codes.type = ir.TensorType(encoding.spec.dtype)
+        result = like(value, self.free_name(f"{base}_dequantized"))
+        label = self.free_name(f"{base}_{DEQUANTIZE}")
+        dequantize = ir.node(DEQUANTIZE, [codes, scale, zero], outputs=[result], name=label)
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        else:
+            self.graph.insert_before(next(iter(self.graph)), [quantize, dequantize])
+        return result
+
+    def requantize_input(self, node: ir.Node, index: int, encoding: Encoding) -> bool:
+        """Lets a node read an operand at another encoding; a constant gets new codes.
+
+        DQ(a) → node becomes DQ(a) → Q(b) → DQ(b) → node; see ``apart``.
+
+        Returns:
+            False where it has that encoding already.
+        """
+        value = node.inputs[index]
+        if value is None:
+            return False
+        operand = input_operand(value)
+        current = encoding_of(operand)
+        if current is not None and equal(current, encoding):
+            return False
+        codes = constant_array(operand.codes) if operand.constant else None
+        if codes is not None and current is not None:
+            real = current.dequantize(codes)
+            other = self.constant_operand(name_of(value), real, encoding, before=node)
+        else:
+            other = self.pair(self.apart(value, encoding), encoding)
+        node.replace_input_with(index, other)
+        return True
+
+    def apart(self, value: ir.Value, encoding: Encoding) -> ir.Value:
+        """The value ready for a pair of its own.
+
+        Of two pairs in a row of one type ONNX Runtime makes one, over the range they have in common
+        and with a scale of its own rounding, and an operator between pairs finds its encodings
+        changed on one side. A pair of another type in between, with the numbers of the first, keeps
+        them apart. It is left out where the first is no pair but codes from outside.
+        """
+        operand = input_operand(value)
+        current = encoding_of(operand)
+        quantize = operand.codes.producer() if operand.codes is not None else None
+        if current is None or quantize is None or current.spec.dtype != encoding.spec.dtype:
+            return value
+        return self.pair(value, same_numbers(current, _other_type(current.spec)))
+
+    def reshape(
+        self, value: ir.Value, shape: Sequence[int], encoding: Encoding, name: str, before: ir.Node
+    ) -> ir.Value:
+        """A value in another shape, behind a pair of its own encoding; a constant is reshaped."""
+        operand = input_operand(value)
+        codes = constant_array(operand.codes) if operand.constant else None
+        if codes is not None:
+            tensor = codes.reshape(tuple(shape))
+            inputs = [self.constant(f"{name}_quantized", tensor, encoding.spec.dtype)]
+            inputs += self.parameters(name, encoding)
+            return self.node(DEQUANTIZE, inputs, f"{name}_dequantized", shape, before=before)
+        target = self.constant(f"{name}_shape", np.array(shape, np.int64))
+        result = self.node("Reshape", [value, target], name, shape, before=before)
+        return self.pair(result, encoding)
+
+    def replace(self, node: ir.Node, result: ir.Value) -> None:
+        """Puts a value in the place of the only output of a node, and removes the node."""
+        old = node.outputs[0]
+        if result.type is None:
+            result.type, result.shape = old.type, old.shape
+        replace_value(self.graph, old, result)
+        self.graph.remove(node, safe=True)
+
+    def encode_between(self, value: ir.Value, encoding: Encoding) -> None:
+        """Puts a pair between a result that has none and everyone who reads it."""
+        users = list(value.uses())
+        result = self.pair(value, encoding, reuse=False)
+        for user, index in users:
+            user.replace_input_with(index, result)
+
+    def take_names(self, nodes: Iterable[ir.Node]) -> None:
+        """Gives nodes made elsewhere, and their outputs, names that nothing else has."""
+        for node in nodes:
+            node.name = self.free_name(name_of(node))
+            for value in node.outputs:
+                value.name = node.name if len(node.outputs) == 1 else self.free_name(name_of(value))
+
+    def requantize_output(self, value: ir.Value, encoding: Encoding) -> None:
+        """Lets a node write a result at another encoding, which is then converted to the old one.
+
+        node → Q(b) becomes node → Q(a) → DQ(a) → Q(b); see ``apart``.
+        """
+        users, old = list(value.uses()), encoding_of(output_operand(value))
+        result = self.pair(value, encoding, reuse=False)
+        if old is not None:
+            result = self.apart(result, old)
+        for user, index in users:
+            user.replace_input_with(index, result)
+
+    def replace_encoding(self, value: ir.Value, encoding: Encoding) -> None:
+        """Writes other numbers into the pairs of a result; whoever reads it reads those."""
+        scale, zero = self.parameters(name_of(value), encoding)
+        for quantize in list(value.consumers()):
+            codes = quantize.outputs[0]
+            codes.type = ir.TensorType(encoding.spec.dtype)
+            for node in (quantize, *codes.consumers()):
+                node.replace_input_with(1, scale)
+                node.replace_input_with(2, zero)
+
+    def constant_operand(
+        self, name: str, real: NDArray[np.floating], encoding: Encoding, *, before: ir.Node
+    ) -> ir.Value:
+        """A constant, quantized, behind its DequantizeLinear."""
+        codes = self.constant(f"{name}_quantized", encoding.quantize(real), encoding.spec.dtype)
+        inputs, label = [codes, *self.parameters(name, encoding)], f"{name}_dequantized"
+        return self.node(DEQUANTIZE, inputs, label, list(real.shape), before=before)
+
+
+def _existing_pair(value: ir.Value, encoding: Encoding) -> ir.Value | None:
+    """A pair of an encoding on a value: its result, the first of several."""
+    for user in value.consumers():
+        if user.op_type != QUANTIZE or user.outputs[0].is_graph_output():
+            continue
+        for reader in user.outputs[0].consumers():
+            if reader.op_type != DEQUANTIZE:
+                continue
+            found = encoding_of(input_operand(reader.outputs[0]))
+            if found is not None and equal(found, encoding):
+                return reader.outputs[0]
+    return None
+
+
+def _other_type(spec: QuantSpec) -> QuantSpec:
+    """A type that holds every code of an 8- or 16-bit one, moved where the sign is another."""
+    return QuantSpec(16, signed=spec.signed ^ (spec.bits == 16), symmetric=False)
+
+
+def equal(first: Encoding, second: Encoding) -> bool:
+    """One type and the same numbers; whether a type is called symmetric says nothing here."""
+    return (
+        isinstance(first.spec.granularity, PerTensor)
+        and first.spec.dtype == second.spec.dtype
+        and np.array_equal(first.scale, second.scale)
+        and np.array_equal(first.zero_point, second.zero_point)
+    )
