@@ -550,11 +550,11 @@ def compare_on_emulator(
     emulated = htp.run(model, arch, feeds)
     return {
         name: lsb_difference(reference[name], emulated[name], scale)
-        for name, scale in _output_scales(model).items()
+        for name, scale in output_scales(model).items()
     }
 
 
-def _output_scales(model: ir.Model) -> dict[str, float]:
+def output_scales(model: ir.Model) -> dict[str, float]:
     """Output → real units per code."""
     scales: dict[str, float] = {}
     for output in model.graph.outputs:

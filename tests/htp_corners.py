@@ -61,6 +61,11 @@ def _batched(io: str) -> Case:
     return single(f"MatMul/s16xs8/{io}", "MatMul", operands, y("s16"), io=io)
 
 
+def _softmax(dtype: str, axis: int) -> Case:
+    operand = x(dtype, 2, 2, 3, 4, 8)
+    return single(f"Softmax/{dtype}/rank5/axis{axis}", "Softmax", [operand], y(dtype), axis=axis)
+
+
 def _gather_elements(zero_point: int) -> Case:
     operands = [x("u8", 4, 8), Operand("i64", (4, 8))]
     result = y("u8", zero_point=zero_point)
@@ -113,6 +118,9 @@ def corner_cases() -> list[tuple[Case, str]]:
         (single("ConvTranspose/axis0", "ConvTranspose", [image, wrong_axis], y("u8")), REJECT),
         (_gemm(0), INT),
         (_gemm(1), INT),
+        (_softmax("s16", 4), INT),
+        (_softmax("s16", 1), REJECT),
+        (_softmax("u16", 1), INT),
         (_gather_elements(128), INT),
         (_gather_elements(5), REJECT),
         (_where("i32"), INT),
