@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 from qnpu.compiler.operands import Operation, operation_of
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.qdq_edit import QdqEditor
-from qnpu.compiler.target import Legalization, OpRule, TargetProfile, Verdict
+from qnpu.compiler.target import Legalization, OpRule, TargetProfile, Verdict, load_target
 from qnpu.compiler.target_check import NodeVerdict, judge
 from qnpu.compiler.target_faults import bias_factor
 from qnpu.passes.legalize_layout import requantize_before
@@ -69,26 +69,30 @@ class LegalizeTarget(Pass):
     stays, and the checks of the target report it.
     """
 
+    target: str = ""
+    """Profile to rewrite for; the compilation's where empty."""
+
     name: ClassVar[str] = "legalize-target"
     consumes: ClassVar[Stage] = Stage.QDQ
     produces: ClassVar[Stage] = Stage.QDQ
 
     def run(self, compilation: Compilation) -> int:
-        if not any(rule.legalize for rule in compilation.target.rules):
+        profile = load_target(self.target) if self.target else compilation.target
+        if not any(rule.legalize for rule in profile.rules):
             return 0
         total = 0
         for _ in range(_MOST_SWEEPS):
-            count = _sweep(compilation)
+            count = _sweep(compilation, profile)
             total += count
             if not count:
                 break
         return total
 
 
-def _sweep(compilation: Compilation) -> int:
+def _sweep(compilation: Compilation, profile: TargetProfile) -> int:
     """One rewrite for each node that asks for one; what is left unused goes."""
     editor = QdqEditor(compilation.graph)
-    count = sum(_legalize(editor, node, compilation.target) for node in list(compilation.graph))
+    count = sum(_legalize(editor, node, profile) for node in list(compilation.graph))
     compilation.diagnostics += editor.diagnostics
     if count:
         common.RemoveUnusedNodesPass()(compilation.model)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
+from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.op_traits import is_float
 from qnpu.compiler.operands import input_operand, operations
-from qnpu.compiler.pass_base import Compilation, Stage
+from qnpu.compiler.pass_base import Compilation, Stage, run_passes
+from qnpu.compiler.pipeline import default_passes
 from qnpu.compiler.printer import model_to_text
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of, finer, same_numbers, spec_of
 from qnpu.compiler.quant_types import Encoding
@@ -26,7 +30,7 @@ from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.legalize_weights import to_lpbq
 from qnpu.runtime_check.htp import HtpCompiler, HtpVerdict, compare_on_emulator, is_available
 from qnpu.runtime_check.oracle import random_feeds
-from tests.conftest import Array, apply, normal, parse, run_model
+from tests.conftest import Array, apply, normal, parse, relative_error, run_model
 from tests.qdq_cases import (
     SHAPE,
     Case,
@@ -45,6 +49,7 @@ from tests.qdq_cases import (
     x,
     y,
 )
+from tests.test_passes_contract import DECODER, WINDOWS
 
 needs_htp = pytest.mark.skipif(not is_available(), reason="onnxruntime-qnn is not installed")
 V75, V68 = load_target("qnn-htp-v75"), load_target("qnn-htp-v68")
@@ -596,6 +601,90 @@ def test_without_rules_nothing_changes(example: Example) -> None:
     before = model_to_text(model)
     assert apply(LegalizeTarget(), model) == 0
     assert model_to_text(model) == before
+
+
+def compiled(scheme: str, target: str) -> tuple[ir.Model, dict[str, int]]:
+    """The spelt-out decoder of the contract tests, after all passes."""
+    compilation = Compilation(parse(DECODER), load_target(target))
+    config = CompileConfig(scheme=scheme, seq_len=4, target=target)
+    passes = default_passes(config, WINDOWS)
+    counts = run_passes(passes, compilation, after_pass=lambda done: verify_stage(compilation))
+    return compilation.model, counts
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w4a8"])
+def test_a_compile_ends_in_what_the_target_takes(scheme: str) -> None:
+    """W8A8 writes 16-bit results of 8-bit operands; made of one type they are the same numbers."""
+    plain, untouched = compiled(scheme, "onnxruntime")
+    legal, counts = compiled(scheme, "qnn-htp-v75")
+    assert untouched["legalize-target"] == 0
+    assert (counts["legalize-target"] > 0) == (scheme != "w8a16")
+    assert check_target(legal, V75).verdict is Verdict.INT
+    feeds = {"input_ids": np.array([[0, 3, 1, 2]])}
+    for old, new in zip(run_model(plain, feeds), run_model(legal, feeds), strict=True):
+        assert np.array_equal(old, new)
+
+
+def foreign_file(folder: Path) -> ir.Model:
+    """ONNX Runtime's own quantizer at 16-bit activations, on attention with a sigmoid gate."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 8, 16] x) => (float[1, 8, 16] y) <float[16, 16] w>
+        {
+            h = MatMul(x, w)
+            turned = Transpose<perm: ints = [0, 2, 1]>(h)
+            scores = MatMul(h, turned)
+            weights = Softmax<axis: int = -1>(scores)
+            mixed = MatMul(weights, h)
+            gate = Sigmoid(mixed)
+            y = Mul(mixed, gate)
+        }
+    """
+    model = parse(text.replace(" <float[16, 16] w>", " <float[16, 16] w = {" + numbers() + "}>"))
+    ir.save(model, folder / "float.onnx")
+    reader = ListReader([{"x": normal(1, 8, 16, seed=seed)} for seed in range(4)])
+    quantize_static(
+        folder / "float.onnx",
+        folder / "qdq.onnx",
+        reader,
+        activation_type=QuantType.QUInt16,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        extra_options={"WeightSymmetric": True},
+    )
+    found = ir.load(folder / "qdq.onnx")
+    common.ShapeInferencePass(strict_mode=False, check_type=False)(found)
+    return found
+
+
+def numbers() -> str:
+    return ", ".join(f"{value:.4f}" for value in normal(256, seed=9, scale=0.3))
+
+
+class ListReader(CalibrationDataReader):  # type: ignore[misc]
+    """Batches in order, as the quantizer asks for them."""
+
+    def __init__(self, batches: list[dict[str, Array]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._batches, None)
+
+
+def test_a_file_of_another_quantizer(tmp_path: Path) -> None:
+    before, after = foreign_file(tmp_path), foreign_file(tmp_path)
+    verdicts = {node.verdict for node in check_target(before, V75).nodes}
+    assert Verdict.SILENT in verdicts
+    # On a bare model, so in any sequence of passes.
+    assert LegalizeTarget("qnn-htp-v75")(after).modified
+    assert not LegalizeTarget("qnn-htp-v75")(after).modified
+    assert check_target(after, V75).verdict is Verdict.INT
+    feeds = {"x": normal(1, 8, 16, seed=0)}
+    (old,), (new,) = run_model(before, feeds), run_model(after, feeds)
+    assert relative_error(new, old) < 2e-3
+    if is_available():
+        with HtpCompiler() as compiler:
+            assert compiler.compile(after, "v75").verdict is HtpVerdict.INT
 
 
 def test_types_hold_the_same_numbers() -> None:

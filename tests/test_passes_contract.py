@@ -14,6 +14,7 @@ from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.pass_base import Compilation, Pass, Stage, check_order, run_passes
 from qnpu.compiler.pipeline import default_passes
 from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.target import load_target
 from qnpu.compiler.verify import verify_stage
 from qnpu.runtime_check.feeds import TokenWindows
 from tests.conftest import parse
@@ -81,8 +82,9 @@ def numbers(compilation: Compilation) -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize("text", [DECODER, PLAIN], ids=["decoder", "plain"])
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a8"])
 @pytest.mark.parametrize("rotate", [True, False])
-def test_a_second_run_changes_nothing(text: str, scheme: str, rotate: bool) -> None:
-    compilation = Compilation(parse(text))
+@pytest.mark.parametrize("target", ["onnxruntime", "qnn-htp-v75", "generic-int8"])
+def test_a_second_run_changes_nothing(text: str, scheme: str, rotate: bool, target: str) -> None:
+    compilation = Compilation(parse(text), load_target(target))
     online = ("r3", "r4") if rotate else ()
     config = CompileConfig(scheme=scheme, seq_len=4, rotate=rotate, online=online)
 
