@@ -158,7 +158,7 @@ def _compare(
 
 
 def _perplexity(logits: Array, ids: Array) -> float:
-    return float(np.exp(next_token_loss(logits, ids).mean()))
+    return float(np.exp(next_token_loss(logits[0], ids[0]).mean()))
 
 
 if __name__ == "__main__":

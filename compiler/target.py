@@ -232,6 +232,7 @@ class TargetProfile(_Table):
         summary: one line for ``--help``.
         signed_activations: activation codes are signed.
         symmetric_activations: activations have their zero at the middle code.
+        symmetric_keys_values: keys and values have, whatever the other activations do.
         source: where the types are known from.
         vendor, graph, bias: see their classes.
         mask_value: constant for masked scores, real; None where any will do.
@@ -252,6 +253,7 @@ class TargetProfile(_Table):
     summary: str = ""
     signed_activations: bool = False
     symmetric_activations: bool = False
+    symmetric_keys_values: bool = False
     source: str = ""
     vendor: Vendor = Vendor()
     graph: Limits = Limits(static=False)
@@ -275,6 +277,11 @@ class TargetProfile(_Table):
     def activation_spec(self, bits: int) -> QuantSpec:
         """The per-tensor activation type of a width."""
         return QuantSpec(bits, self.signed_activations, self.symmetric_activations)
+
+    def key_value_spec(self, bits: int) -> QuantSpec:
+        """The type of keys and values, that is of a second operand of two activations' product."""
+        symmetric = self.symmetric_activations or self.symmetric_keys_values
+        return QuantSpec(bits, self.signed_activations, symmetric)
 
     def rules_for(self, op_type: str) -> list[OpRule]:
         """Rows that speak of an operator on this architecture, in order."""

@@ -100,8 +100,11 @@ class AssignBitWidths(Pass):
                 roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
         for group in encoding_groups(compilation.graph):
             bits = max(wanted.bits(value) for value in group)
+            kind = compilation.target.activation_spec
+            if any(_is_second_operand(value) for value in group):
+                kind = compilation.target.key_value_spec
             for value in group:
-                spec = compilation.target.activation_spec(bits)
+                spec = kind(bits)
                 plan.specs[name_of(value)] = roles.get(name_of(value), spec)
         return plan
 
@@ -229,6 +232,10 @@ def _hand_out(graph: ir.Graph, wide: ir.Value, narrow: ir.Value) -> None:
     wide.name = None
     narrow.name = name
     wide.name = f"{narrow_name}_from"
+
+
+def _is_second_operand(value: ir.Value) -> bool:
+    return any(is_dynamic_matmul(node) and index == 1 for node, index in value.uses())
 
 
 def _is_keys_or_values(value: ir.Value) -> bool:

@@ -497,3 +497,18 @@ def test_the_target_decides_the_kind() -> None:
     assert plan["x"] == "s16 symmetric per-tensor"
     assert plan["q"] == "s8 symmetric per-tensor"
     assert plan["w"] == "s8 symmetric per-channel(axis=1)"
+
+
+def test_keys_and_values_are_symmetric_where_the_target_wants_it() -> None:
+    text = """
+        g (float[2, 4] q, float[4, 2] k) => (float[2, 2] y) {
+            a = Relu(q)
+            b = Relu(k)
+            y = MatMul(a, b)
+        }
+    """
+    usual = specs(planned(text, "w8a16")[0])
+    hexagon = specs(planned(text, "w8a16", "qnn-htp-v75")[0])
+    assert usual["b_requantized"] == U8
+    assert hexagon["b_requantized"] == "u8 symmetric per-tensor"
+    assert hexagon["a"] == usual["a"] == U16
