@@ -110,14 +110,14 @@ def _legalize(editor: QdqEditor, node: ir.Node, profile: TargetProfile) -> int:
         return int(_REWRITES[rule.legalize](editor, operation, rule))
     if rule is not None and rule.legalize in _RETYPINGS:
         plan = _RETYPINGS[rule.legalize](operation, rule)
-        if not plan.changes or not _helps(judge(plan.expected(operation), profile)):
-            return 0
-    elif profile.bias.derived and bias_factor(operation) is not None:
-        plan = derive_bias(operation)
+        wanted = plan.changes and _helps(judge(plan.expected(operation), profile))
     else:
-        return 0
-    plan.apply(editor, operation)
-    return int(plan.changes)
+        ignored = profile.bias.derived and bias_factor(operation) is not None
+        plan = derive_bias(operation) if ignored else DerivedBias()
+        wanted = plan.changes
+    if wanted:
+        plan.apply(editor, operation)
+    return int(wanted)
 
 
 def _helps(after: NodeVerdict) -> bool:
