@@ -90,9 +90,9 @@ def second_operand(operation: Operation, rule: OpRule) -> Retyping:
         MatMul(DQ(u16), DQ(u16))
         MatMul(DQ(u16), DQ(s16))          DQ(u16) → Q(s16) → DQ(s16)
 
-    To s16 the zero point becomes 0: with the same scale and codes - 32768, so exactly, where it was
-    32768, else over the symmetric range that holds the old one. To u8 the range stays and the scale
-    grows by 257.
+    The zero point becomes the middle code. To s16 this is exact from eight bits, at codes 64 times
+    finer, and from 16 where it was in the middle before; elsewhere the new encoding is the
+    symmetric one that holds the range of the old.
 
     Must not fire on a constant, or an operand with more than one scale.
     """
@@ -105,13 +105,18 @@ def second_operand(operation: Operation, rule: OpRule) -> Retyping:
 
 
 def _in_type(encoding: Encoding, spec: QuantSpec) -> Encoding:
-    if spec.signed:
-        exact = same_numbers(encoding, spec) if spec.bits >= encoding.spec.bits else None
-        if exact is not None and not exact.zero_point.any():
-            return exact
-        spec = QuantSpec(spec.bits, spec.signed, symmetric=True)
-    found = Encoding.from_range(spec, encoding.low, encoding.high)
-    return Encoding(QuantSpec(spec.bits, spec.signed, False), found.scale, found.zero_point)
+    """A symmetric encoding of a type that holds what another one does."""
+    middle = 0 if spec.signed else 1 << (spec.bits - 1)
+    if spec.bits == encoding.spec.bits:
+        moved = same_numbers(encoding, spec)
+        if moved.zero_point == middle:
+            return moved
+    if spec.bits > encoding.spec.bits:  # |code - zero point| < 256
+        scale = np.asarray(encoding.scale / 64, np.float32)
+        return Encoding(spec, scale, np.asarray(middle, np.int32))
+    symmetric = QuantSpec(spec.bits, spec.signed, symmetric=True)
+    found = Encoding.from_range(symmetric, encoding.low, encoding.high)
+    return Encoding(spec, found.scale, found.zero_point)
 
 
 def one_type(operation: Operation, rule: OpRule) -> Retyping:
