@@ -69,6 +69,7 @@ class Legalization(enum.StrEnum):
     ONE_TYPE = "one-type"
     UNSIGNED = "unsigned"
     DERIVE_BIAS = "derive-bias"
+    SYMMETRIC_WEIGHT = "symmetric-weight"
     LPBQ = "lpbq"
     CONV_1X1 = "conv-1x1"
     DECOMPOSE_ROTARY = "decompose-rotary"

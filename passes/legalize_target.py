@@ -27,7 +27,7 @@ from qnpu.passes.legalize_types import (
     second_operand,
     unsigned,
 )
-from qnpu.passes.legalize_weights import conv_1x1, lpbq
+from qnpu.passes.legalize_weights import conv_1x1, lpbq, symmetric_weight
 
 Rewrite = Callable[[QdqEditor, Operation, OpRule], bool]
 Plan = Callable[[Operation, OpRule], Retyping | DerivedBias]
@@ -35,6 +35,7 @@ Plan = Callable[[Operation, OpRule], Retyping | DerivedBias]
 _REWRITES: dict[Legalization, Rewrite] = {
     Legalization.REQUANTIZE_BEFORE: requantize_before,
     Legalization.FORCED_ENCODING: forced_encoding,
+    Legalization.SYMMETRIC_WEIGHT: symmetric_weight,
     Legalization.LPBQ: lpbq,
     Legalization.CONV_1X1: conv_1x1,
     Legalization.DECOMPOSE_ROTARY: decompose_rotary,

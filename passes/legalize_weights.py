@@ -161,6 +161,57 @@ def _positions(node: ir.Node) -> dict[ir.Node, int]:
     return {other: index for index, other in enumerate(node.graph or ())}
 
 
+def symmetric_weight(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
+    """Takes the zero point off the codes of a weight.
+
+    Before → after::
+
+        MatMul(x, DQ(codes u4, s, z))       MatMul(x, DQ(codes - z as s8, s, 0))
+        MatMul(x, DQ(codes s4, s))          MatMul(x, DQ(codes s4, s, 0))
+
+    The new codes are s4 where those of a 4-bit weight still fit, else s8, and hold the same
+    numbers.
+
+    Must not fire where they fit neither (a u8 weight that uses its range), or on blocks.
+    """
+    index = next((i for i, o in enumerate(operation.inputs[:2]) if o is not None and o.constant), 0)
+    weight = operation.inputs[index]
+    codes = constant_array(weight.codes) if weight is not None else None
+    if weight is None or codes is None or weight.scale is None or weight.zero_point is None:
+        return False
+    if weight.granularity not in ("tensor", "channel"):
+        return False
+    shape = [1] * codes.ndim
+    shape[weight.axis] = -1
+    zero = weight.zero_point.reshape(shape if weight.granularity == "channel" else ())
+    wide = codes.astype(np.int8) if codes.dtype.itemsize == 1 and codes.dtype.kind == "V" else codes
+    numbers = wide.astype(np.int64) - zero
+    narrow = weight.dtype[1:] == "4" and numbers.min() >= -8 and numbers.max() <= 7
+    spec = spec_of("s4" if narrow else "s8")
+    stated = weight.has_zero_point and not zero.any()
+    if numbers.min() < spec.q_min or numbers.max() > spec.q_max or (stated and narrow):
+        return False
+    name, kept = name_of(weight.value), weight.scale
+    attributes: dict[str, Any] = {"axis": weight.axis} if kept.ndim else {}
+    inputs = [
+        editor.constant(f"{name}_quantized", _narrow(numbers, spec.dtype), spec.dtype),
+        editor.constant(f"{name}_scale", kept),
+        editor.constant(
+            f"{name}_zero_point", _narrow(np.zeros(kept.shape), spec.dtype), spec.dtype
+        ),
+    ]
+    value = editor.node(
+        DEQUANTIZE, inputs, f"{name}_symmetric", codes.shape, before=operation.node, **attributes
+    )
+    operation.node.replace_input_with(index, value)
+    return True
+
+
+def _narrow(codes: NDArray[Any], dtype: ir.DataType) -> NDArray[Any]:
+    """Codes of at most eight bits; ml_dtypes' 4-bit ones are made of int8."""
+    return codes.astype(np.int8).astype(dtype.numpy())
+
+
 def conv_1x1(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
     """Writes a MatMul by a constant weight as a convolution.
 

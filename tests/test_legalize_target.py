@@ -202,6 +202,10 @@ EXAMPLES = [
     Example(unary("Neg", "s8"), 0, (V75, V68)),
     Example(unary("Abs", "s16"), 0),
     Example(matmul_const("s8", "s4", "channel"), 0),
+    Example(matmul_const("u16", "u4", "channel", zero_point=3), 0, (V75, V68)),
+    Example(matmul_const("u16", "s4", "channel", zero_point=3), 0),
+    Example(matmul_const("u16", "s4", "tensor", explicit_zero=False), 0),
+    Example(gemm("u8", "u4", "channel", "s32", transB=1), 0),
     # rotary: one LSB of a product, 2 · max |x| / (2^b - 1) · max |table| / s_y, and one of its own
     Example(rotary("u16", "u16"), 3.1, (V75, V68)),
     Example(rotary("u16", "f32"), 3.1),
@@ -339,6 +343,14 @@ FORMS = {
     "one-type: the result": (
         unary("Softmax", "u16", "u8"),
         ["Softmax(u16) -> u16", "Convert(u16) -> u8"],
+    ),
+    "symmetric-weight": (
+        matmul_const("u16", "u4", "channel", zero_point=3),
+        ["MatMul(u16, constant s8 per channel) -> u16"],
+    ),
+    "symmetric-weight: a zero point that is not stated": (
+        matmul_const("u16", "s4", "tensor", explicit_zero=False),
+        ["MatMul(u16, constant s4) -> u16"],
     ),
     "unsigned": (
         unary("Neg", "s8"),
@@ -607,6 +619,9 @@ KEPT = {
         "Pow", "Pow", [x("u16", 4, 8), floats(*[2.0] * 8)], y("u16")
     ),
     "u8 by s16 is no better after": matmul_const("u8", "s16", "tensor"),
+    "an asymmetric weight that s8 does not hold": matmul_const(
+        "u16", "u8", "channel", zero_point=9
+    ),
     "blocks of 8 bits": matmul_const("u16", "s8", "block32"),
     "asymmetric blocks": matmul_const("u16", "s4", "block32", zero_point=3),
     "blocks of a Gemm": gemm("u16", "s4", "block32", None, transB=1),
