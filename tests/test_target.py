@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.quant_types import QuantSpec
@@ -129,3 +130,29 @@ def test_every_row_says_where_it_is_from_and_what_is_wrong(name: str) -> None:
 def test_profiles_ship_with_the_package() -> None:
     folder = resources.files("qnpu.compiler").joinpath("targets")
     assert folder.joinpath(f"{DEFAULT_TARGET}.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"legalize": "lpbq"},
+        {"legalize": "second-operand"},
+        {"legalize": "one-type", "to": "u8"},
+        {"to": "u8"},
+        {"legalize": "lpbq", "to": "u5"},
+        {"legalize": "forced-encoding"},
+        {"legalize": "reduce-rank"},
+        {"legalize": "nonsense"},
+    ],
+)
+def test_rewrites_that_a_row_cannot_name(more: dict[str, str]) -> None:
+    row = {"ops": ["MatMul"], "verdict": "float"}
+    assert TargetProfile.model_validate({"rules": [row]}).rules
+    with pytest.raises(ValidationError):
+        TargetProfile.model_validate({"rules": [row | more]})
+
+
+def test_rows_that_are_taken_name_no_rewrite() -> None:
+    for name in target_names():
+        rules = load_target(name).rules
+        assert not [r for r in rules if r.legalize is not None and r.verdict is Verdict.INT]
