@@ -152,7 +152,7 @@ def accumulator_bits(operation: Operation) -> float | None:
     swing = _swing(inputs[0])
     if codes is None or zero is None or swing is None:
         return None
-    axis = _channel_axis(operation, weights[0])
+    axis = channel_axis(operation, weights[0])
     rows = np.moveaxis(_as_integers(codes), axis, 0).reshape(codes.shape[axis], -1)
     offset = zero.reshape(-1, 1) if zero.size in (1, len(rows)) else np.zeros((1, 1), np.int64)
     sums = np.abs(rows - offset if offset.any() else rows).sum(axis=1, dtype=np.int64)
@@ -164,7 +164,8 @@ def accumulator_bits(operation: Operation) -> float | None:
     return float(np.log2(bound.max() + 1)) + 1 if bound.size else None
 
 
-def _channel_axis(operation: Operation, weight: Operand) -> int:
+def channel_axis(operation: Operation, weight: Operand) -> int:
+    """The axis of a linear's weight that counts output channels."""
     rank = weight.rank or 2
     if operation.op_type == "Conv":
         return 0

@@ -13,6 +13,7 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import DEQUANTIZE, Operand, Operation
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of, spec_of
 from qnpu.compiler.target import OpRule
+from qnpu.compiler.target_faults import channel_axis
 from qnpu.compiler.target_rules import RescaledBlocks
 
 
@@ -172,18 +173,20 @@ def symmetric_weight(editor: QdqEditor, operation: Operation, rule: OpRule) -> b
     The new codes are s4 where those of a 4-bit weight still fit, else s8, and hold the same
     numbers.
 
-    Must not fire where they fit neither (a u8 weight that uses its range), or on blocks.
+    Must not fire where they fit neither (a u8 weight that uses its range), on blocks, or on scales
+    along another axis than the output channels.
     """
     index = next((i for i, o in enumerate(operation.inputs[:2]) if o is not None and o.constant), 0)
     weight = operation.inputs[index]
     codes = constant_array(weight.codes) if weight is not None else None
     if weight is None or codes is None or weight.scale is None or weight.zero_point is None:
         return False
-    if weight.granularity not in ("tensor", "channel"):
+    per_channel = weight.granularity == "channel"
+    if weight.block or (per_channel and weight.axis != channel_axis(operation, weight)):
         return False
     shape = [1] * codes.ndim
     shape[weight.axis] = -1
-    zero = weight.zero_point.reshape(shape if weight.granularity == "channel" else ())
+    zero = weight.zero_point.reshape(shape if per_channel else ())
     wide = codes.astype(np.int8) if codes.dtype.itemsize == 1 and codes.dtype.kind == "V" else codes
     numbers = wide.astype(np.int64) - zero
     narrow = weight.dtype[1:] == "4" and numbers.min() >= -8 and numbers.max() <= 7

@@ -206,6 +206,7 @@ EXAMPLES = [
     Example(matmul_const("u16", "s4", "channel", zero_point=3), 0),
     Example(matmul_const("u16", "s4", "tensor", explicit_zero=False), 0),
     Example(gemm("u8", "u4", "channel", "s32", transB=1), 0),
+    Example(matmul_dynamic("s8", "u8"), 0, (V75, V68)),
     # rotary: one LSB of a product, 2 · max |x| / (2^b - 1) · max |table| / s_y, and one of its own
     Example(rotary("u16", "u16"), 3.1, (V75, V68)),
     Example(rotary("u16", "f32"), 3.1),
@@ -621,6 +622,9 @@ KEPT = {
     "u8 by s16 is no better after": matmul_const("u8", "s16", "tensor"),
     "an asymmetric weight that s8 does not hold": matmul_const(
         "u16", "u8", "channel", zero_point=9
+    ),
+    "an asymmetric weight with scales along the summed axis": matmul_const(
+        "u16", "s4", "channel", axis=0, zero_point=3
     ),
     "blocks of 8 bits": matmul_const("u16", "s8", "block32"),
     "asymmetric blocks": matmul_const("u16", "s4", "block32", zero_point=3),
