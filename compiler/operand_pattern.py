@@ -12,13 +12,20 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.op_traits import layout_inputs
 from qnpu.compiler.operands import Operand
 
 _ABSENT = "-"
 _GRANULARITIES = frozenset({"tensor", "channel", "block", "lpbq"})
 _UNSIGNED = frozenset({"u2", "u4", "u8", "u16"})
+# Of the operators that move codes those that need one encoding on both sides; Slice, Split and
+# Concat do not.
+_MOVERS = frozenset(
+    ["Expand", "Flatten", "Gather", "GatherElements", "MaxPool", "Reshape", "Resize", "Squeeze",
+     "Tile", "Transpose", "Unsqueeze"]
+)  # fmt: skip
 _WORD = re.compile(
-    r"const|var|given|no-zero|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
+    r"const|var|given|no-zero|alone|moved|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
 )
 
 
@@ -33,6 +40,8 @@ class OperandPattern:
     - ``z=0``, ``z!=0``, ``z!=mid``: zero points; ``no-zero``: the file states none;
     - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
       (of channels or blocks);
+    - ``alone``: a QuantizeLinear writes it, and one node reads it;
+    - ``moved``: an operator that moves codes made it, or reads it;
     - ``batched``: dimensions before the last two hold more than one element;
     - ``spread``: those from the third on do, as in a kernel wider than 1x1; ``pointwise``: they do
       not;
@@ -92,11 +101,35 @@ def _is_number(operand: Operand, number: float) -> bool:
     return abs(real - number) <= scale / 2
 
 
+def _is_alone(operand: Operand) -> bool:
+    codes = operand.codes
+    if codes is None or codes.producer() is None or codes.is_graph_output():
+        return False
+    readers = list(codes.consumers())
+    return len(readers) == 1 and len(list(readers[0].outputs[0].uses())) == 1
+
+
+def _is_moved(operand: Operand) -> bool:
+    codes = operand.codes
+    quantize = codes.producer() if codes is not None else None
+    value = quantize.inputs[0] if quantize is not None else None
+    maker = value.producer() if value is not None else None
+    readers = [] if codes is None else [node for dq in codes.consumers() for node in _users(dq)]
+    nodes = readers if maker is None else [maker, *readers]
+    return any(node.op_type in _MOVERS and layout_inputs(node) for node in nodes)
+
+
+def _users(node: ir.Node) -> list[ir.Node]:
+    return [user for output in node.outputs for user in output.consumers()]
+
+
 _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "const": lambda operand, _: operand.constant,
     "var": lambda operand, _: not operand.constant,
     "given": lambda operand, _: _crosses_border(operand.codes),
     "no-zero": lambda operand, _: not operand.has_zero_point,
+    "alone": lambda operand, _: _is_alone(operand),
+    "moved": lambda operand, _: _is_moved(operand),
     "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,
     "spread": lambda operand, _: _elements(operand, slice(2, None)) > 1,
     "pointwise": lambda operand, _: _elements(operand, slice(2, None)) == 1,

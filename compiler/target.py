@@ -64,6 +64,7 @@ class Legalization(enum.StrEnum):
     """
 
     REQUANTIZE_BEFORE = "requantize-before"
+    KEEP_APART = "keep-apart"
     SECOND_OPERAND = "second-operand"
     FORCED_ENCODING = "forced-encoding"
     ONE_TYPE = "one-type"

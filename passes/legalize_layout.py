@@ -70,3 +70,24 @@ def _requantize_behind(
             editor.requantize_output(output.value, source)
             changed = True
     return changed
+
+
+def keep_apart(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
+    """Puts a pair of another type between two that a runtime would merge.
+
+    Before → after, a and b encodings of one type::
+
+        Q(a) → DQ(a) → Q(b) → DQ(b) → Reshape
+        Q(a) → DQ(a) → Q(a as s16) → DQ(a as s16) → Q(b) → DQ(b) → Reshape
+
+    The type holds every code of a, so the numbers stay the same. Merged, the pairs would have
+    neither encoding, and the Reshape two: see ``QdqEditor.apart``.
+    """
+    value, encoding = operation.node.inputs[0], encoding_of(operation.outputs[0])
+    if operation.op_type not in ("Convert", "Identity") or value is None or encoding is None:
+        return False
+    other = editor.apart(value, encoding)
+    if other is value:
+        return False
+    operation.node.replace_input_with(0, other)
+    return True

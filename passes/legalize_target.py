@@ -15,7 +15,7 @@ from qnpu.compiler.qdq_edit import QdqEditor
 from qnpu.compiler.target import Legalization, OpRule, TargetProfile, Verdict, load_target
 from qnpu.compiler.target_check import NodeVerdict, judge
 from qnpu.compiler.target_faults import bias_factor
-from qnpu.passes.legalize_layout import requantize_before
+from qnpu.passes.legalize_layout import keep_apart, requantize_before
 from qnpu.passes.legalize_operators import decompose_rotary, pow_to_mul
 from qnpu.passes.legalize_rank import reduce_rank
 from qnpu.passes.legalize_types import (
@@ -34,6 +34,7 @@ Plan = Callable[[Operation, OpRule], Retyping | DerivedBias]
 
 _REWRITES: dict[Legalization, Rewrite] = {
     Legalization.REQUANTIZE_BEFORE: requantize_before,
+    Legalization.KEEP_APART: keep_apart,
     Legalization.FORCED_ENCODING: forced_encoding,
     Legalization.SYMMETRIC_WEIGHT: symmetric_weight,
     Legalization.LPBQ: lpbq,

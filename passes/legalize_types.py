@@ -261,14 +261,14 @@ def _follows(outputs: Sequence[ir.Value], old: Encoding) -> bool:
 
 
 def derive_bias(operation: Operation, rule: OpRule | None = None) -> DerivedBias:
-    """Quantizes the bias of a linear at the scale of its accumulator.
+    """Quantizes the bias of a linear, or a norm, in int32 at the scale of input times weight.
 
     Before → after, s the declared scale of codes b::
 
         Gemm(DQ(x), DQ(w), DQ(b, s, z))
         Gemm(DQ(x), DQ(w), DQ(round((b - z) · s / (s_x · s_w)), s_x · s_w, 0))      int32
 
-    The bias stays within half an LSB of the accumulator.
+    The bias stays within half an LSB of that scale.
 
     Must not fire on a bias that is computed, not quantized or too large for int32, or an input or
     weight with scales that are not known or not one per output channel.

@@ -50,6 +50,18 @@ def _converted() -> Case:
     return Case("Convert/u16->u8", steps)
 
 
+def _changed(behind: bool) -> Case:
+    """A change of encoding in front of a Reshape, to a wider range, or behind it, to a narrower."""
+    before, after = y("u8"), y("u8", scale=0.03)
+    if behind:
+        before, after = after, before
+    reshape = Step("Reshape", ((0 if behind else 1, 0), ints(4, 8)), (before if behind else after,))
+    change = Step("Identity", ((1 if behind else 0, 0),), (after,))
+    middle = (reshape, change) if behind else (change, reshape)
+    steps = (Step("Abs", (x("u8", 2, 16),), (before,)), *middle, Step("Abs", ((2, 0),), (after,)))
+    return Case(f"Identity/{'behind' if behind else 'before'}/Reshape", steps)
+
+
 def _rms(io: str, batch: int) -> Case:
     operands = [x("s16", batch, 8, 32), const("s16", 32)]
     name = f"RMSNormalization/s16/{io}/batch{batch}"
@@ -108,6 +120,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (single("Pow/u16^2", "Pow", [x("u16", 4, 8), floats(2.0)], y("u16")), FLOAT),
         (_rotary(), FLOAT),
         (_converted(), INT),
+        (_changed(behind=False), FLOAT),
+        (_changed(behind=True), FLOAT),
         (_rms("float", 4), INT),
         (_rms("int", 4), REJECT),
         (_rms("int", 1), INT),

@@ -121,6 +121,20 @@ def layout(op: str, dtype: str, out: str, *more: Operand, **attributes: Any) -> 
     return single(name, op, [x(dtype, *SHAPE), *more], result, **attributes)
 
 
+def converted(op: str, dtype: str) -> Case:
+    """A change of encoding, stated in pairs of one type, beside an operator that moves codes."""
+    wide = y(dtype, scale=0.03 if dtype == "u8" else 1.7e-4)
+    narrow = y(dtype)
+    move = Step(op, ((1, 0), ints(4, 128)), (wide,))
+    steps = (
+        Step("Abs", (x(dtype, *SHAPE),), (narrow,)),
+        Step("Identity", ((0, 0),), (wide,)),
+        move,
+        Step("Abs", ((2, 0),), (wide,)),
+    )
+    return Case(f"{op}/{dtype}/converted", steps)
+
+
 def concat(first: str, second: str, out: str) -> Case:
     parts = [x(first, *SHAPE), x(second, *SHAPE)]
     return single(f"Concat/{first}+{second}->{out}", "Concat", parts, y(out), axis=1)
@@ -182,6 +196,8 @@ EXAMPLES = [
     Example(layout("Squeeze", "u16", "u8", ints(0)), 0),
     Example(concat("u8", "u16", "u16"), 0, (V75, V68)),
     Example(layout("Gather", "u8", "u8", ints(1, 0, dtype="i32"), axis=1), 0),
+    Example(converted("Reshape", "u8"), 0, (V75, V68)),
+    Example(converted("Reshape", "u16"), 0),
     # second operand
     Example(matmul_dynamic("u16", "u16"), 1, (V75,)),
     Example(replace(matmul_dynamic("u16", "u16"), name="MatMul_dyn/u16xu16/v68"), 1000, (V68,)),
@@ -207,6 +223,18 @@ EXAMPLES = [
     Example(matmul_const("u16", "s4", "tensor", explicit_zero=False), 0),
     Example(gemm("u8", "u4", "channel", "s32", transB=1), 0),
     Example(matmul_dynamic("s8", "u8"), 0, (V75, V68)),
+    # the bias of a norm, within half of s_x · s_w
+    Example(
+        single(
+            "LayerNormalization/u16",
+            "LayerNormalization",
+            [x("u16", 1, 8, 32), const("u8", 32), const("u16", 32)],
+            y("u16"),
+            axis=-1,
+        ),
+        1,
+        (V75, V68),
+    ),
     # rotary: one LSB of a product, 2 · max |x| / (2^b - 1) · max |table| / s_y, and one of its own
     Example(rotary("u16", "u16"), 3.1, (V75, V68)),
     Example(rotary("u16", "f32"), 3.1),
