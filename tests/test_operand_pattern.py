@@ -49,12 +49,22 @@ def operands() -> tuple[Operand, Operand]:
         ("* value=2", False, True),
         ("* value=3", False, False),
         ("u8 const value=2", False, True),
+        ("* alone", True, False),
+        ("* moved", False, False),
         ("-", False, False),
     ],
 )
 def test_what_fits(pattern: str, base: bool, exponent: bool) -> None:
     found = tuple(pattern_of(pattern).fits(operand) for operand in operands())
     assert found == (base, exponent)
+
+
+def test_operators_that_move_codes() -> None:
+    """On either side; Concat takes several encodings, so it is none of them."""
+    for op, moved in (("Transpose", True), ("Concat<axis: int = 0>", False), ("Abs", False)):
+        (operation,) = operations(parse(TEXT.replace("Pow(xd, c)", f"{op}(xd)")).graph)
+        for operand in (operation.present[0], operation.outputs[0]):
+            assert pattern_of("s8 moved").fits(operand) == moved
 
 
 def test_an_input_left_out() -> None:
