@@ -165,7 +165,7 @@ class OpRule(_Table):
             where it is not the zero point alone.
         types: ``same`` or ``differ``: the types of all inputs and outputs.
         all_encodings: as ``encodings``, over all quantized variable inputs and outputs.
-        batch: ``differ``: the first two inputs have other leading dimensions.
+        batch: ``outer-differs``: the first two inputs differ in their outermost dimension.
         rank_above: some input or output has a higher rank.
         rank_below: every input and output has a lower rank.
         attributes: name → values that fit; ``last`` stands for the last axis, ``absent`` for an
@@ -190,7 +190,7 @@ class OpRule(_Table):
     encodings: Literal["", "same", "differ", "scale-differs"] = ""
     types: Literal["", "same", "differ"] = ""
     all_encodings: Literal["", "same", "differ"] = ""
-    batch: Literal["", "differ"] = ""
+    batch: Literal["", "outer-differs"] = ""
     rank_above: int | None = None
     rank_below: int | None = None
     attributes: dict[str, tuple[int | float | str, ...]] = {}

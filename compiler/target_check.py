@@ -188,7 +188,7 @@ def _batch(rule: OpRule, operation: Operation) -> bool:
     if not rule.batch:
         return True
     shapes = [operand.shape for operand in operation.present[:2]]
-    first, second = (shape[:-2] if shape is not None else None for shape in shapes)
+    first, second = (shape[:1] if shape is not None else None for shape in shapes)
     return first != second
 
 
