@@ -25,7 +25,7 @@ _MOVERS = frozenset(
      "Tile", "Transpose", "Unsqueeze"]
 )  # fmt: skip
 _WORD = re.compile(
-    r"const|var|given|no-zero|alone|moved|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
+    r"const|var|ones|given|no-zero|alone|moved|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
 )
 
 
@@ -35,7 +35,8 @@ class OperandPattern:
 
     Written as words: the types first (``u8|s8``, or ``*`` for any), then any of
 
-    - ``const``, ``var``, ``given`` (its codes are an input or output of the graph);
+    - ``const``, ``var``, ``ones`` (a constant of ones alone), ``given`` (its codes are an input or
+      output of the graph);
     - granularities: ``tensor``, ``channel``, ``block``, ``lpbq``, or ``tensor|channel`` for either;
     - ``z=0``, ``z!=0``, ``z!=mid``: zero points; ``no-zero``: the file states none;
     - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
@@ -86,6 +87,11 @@ def _crosses_border(codes: ir.Value | None) -> bool:
     return codes is not None and (codes.is_graph_input() or codes.is_graph_output())
 
 
+def _is_all_ones(value: ir.Value) -> bool:
+    array = constant_array(value)
+    return array is not None and bool((array == 1).all())
+
+
 def _elements(operand: Operand, part: slice) -> int:
     """Elements of some of the dimensions; 0 where the shape is not static."""
     return 0 if operand.shape is None else math.prod(operand.shape[part])
@@ -126,6 +132,7 @@ def _users(node: ir.Node) -> list[ir.Node]:
 _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "const": lambda operand, _: operand.constant,
     "var": lambda operand, _: not operand.constant,
+    "ones": lambda operand, _: _is_all_ones(operand.value),
     "given": lambda operand, _: _crosses_border(operand.codes),
     "no-zero": lambda operand, _: not operand.has_zero_point,
     "alone": lambda operand, _: _is_alone(operand),

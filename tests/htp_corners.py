@@ -78,6 +78,11 @@ def _softmax(dtype: str, axis: int) -> Case:
     return single(f"Softmax/{dtype}/rank5/axis{axis}", "Softmax", [operand], y(dtype), axis=axis)
 
 
+def _tile(repeats: int) -> Case:
+    operands = [x("u8", 2, 1, 3, 4, 8), ints(1, 1, 1, 1, repeats)]
+    return single(f"Tile/rank5/{repeats}", "Tile", operands, y("u8"))
+
+
 def _gather_elements(zero_point: int) -> Case:
     operands = [x("u8", 4, 8), Operand("i64", (4, 8))]
     result = y("u8", zero_point=zero_point)
@@ -135,6 +140,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_softmax("s16", 4), INT),
         (_softmax("s16", 1), REJECT),
         (_softmax("u16", 1), INT),
+        (_tile(1), REJECT),
+        (_tile(2), INT),
         (_gather_elements(128), INT),
         (_gather_elements(5), REJECT),
         (_where("i32"), INT),

@@ -36,6 +36,7 @@ def operands() -> tuple[Operand, Operand]:
         ("s8|u8", True, True),
         ("u16", False, False),
         ("* const", False, True),
+        ("* ones", False, False),
         ("* var", True, False),
         ("* tensor", True, True),
         ("* channel|tensor", True, True),
