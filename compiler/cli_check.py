@@ -28,7 +28,6 @@ from qnpu.compiler.layer_summary import verdicts_by_layer
 from qnpu.compiler.model_check import ModelCheck, check_model
 from qnpu.compiler.rules import (
     InvalidConfig,
-    MissingPackage,
     all_rules,
     manual_page,
 )
@@ -37,7 +36,7 @@ from qnpu.compiler.target import DEFAULT_TARGET, TargetProfile, Verdict, load_ta
 from qnpu.compiler.target_rules import OracleFailed
 from qnpu.models.load import load_onnx
 from qnpu.models.token_data import load_arrays
-from qnpu.runtime_check.htp import HtpCompiler, HtpError, is_available
+from qnpu.runtime_check.htp import HtpCompiler, HtpError, require_htp
 from qnpu.runtime_check.oracle import (
     OracleAnswer,
     OutputDifference,
@@ -166,8 +165,8 @@ def _refuse_idle_options(
     if oracle is not None and profile.vendor.oracle != oracle.value:
         reason = f"{profile.id} is not compiled by it; try --target qnn-htp-v75"
         raise DiagnosticError(InvalidConfig("--oracle", reason).at())
-    if oracle is not None and not is_available():
-        raise DiagnosticError(MissingPackage("onnxruntime-qnn", "pip install 'qnpu[qnn]'").at())
+    if oracle is not None:
+        require_htp()
 
 
 def _ask(

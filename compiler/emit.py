@@ -14,9 +14,9 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encoding_formats import VERSIONS, export_encodings, snap_constants
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.output import Writer, save_model, write_json
-from qnpu.compiler.rules import HandoffFailed, InvalidConfig, MissingPackage
+from qnpu.compiler.rules import HandoffFailed, InvalidConfig
 from qnpu.compiler.target import TargetProfile
-from qnpu.runtime_check.htp import HtpCompiler, HtpError, is_available
+from qnpu.runtime_check.htp import HtpCompiler, HtpError, require_htp
 
 
 class Compiled(Protocol):
@@ -78,8 +78,8 @@ def check_emissions(names: Sequence[str], target: TargetProfile) -> None:
         if item.oracle and item.oracle != target.vendor.oracle:
             reason = f"`{item.name}` is for other targets than {target.id}, such as qnn-htp-v75"
             raise DiagnosticError(InvalidConfig("emit", reason).at())
-        if item.oracle and not is_available():
-            raise DiagnosticError(MissingPackage("onnxruntime-qnn", "'qnpu[qnn]'").at())
+        if item.oracle:
+            require_htp()
 
 
 def emission_writers(

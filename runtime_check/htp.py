@@ -34,7 +34,9 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.rules import MissingPackage
 from qnpu.runtime_check.compare import lsb_difference
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
@@ -193,6 +195,12 @@ class HtpGraph:
 def is_available() -> bool:
     """Whether onnxruntime-qnn is installed. It is not imported: that loads nothing useful here."""
     return importlib.util.find_spec("onnxruntime_qnn") is not None
+
+
+def require_htp() -> None:
+    """Raises: DiagnosticError: QN114 onnxruntime-qnn is not installed."""
+    if not is_available():
+        raise DiagnosticError(MissingPackage("onnxruntime-qnn", "'qnpu[qnn]'").at())
 
 
 class HtpCompiler:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler import cli_check
+from qnpu.runtime_check import htp
 from qnpu.runtime_check.htp import HtpError, is_available
 from tests.commands import call
 from tests.conftest import parse
@@ -107,7 +108,7 @@ def check(*arguments: str) -> int:
 def test_an_oracle_that_fails(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_check, "is_available", lambda: True)
+    monkeypatch.setattr(htp, "is_available", lambda: True)
     monkeypatch.setattr(cli_check, "HtpCompiler", DeadCompiler)
     assert check(str(home / "qdq.onnx"), *V75, "--oracle", "htp") == 1
     assert "error[QN533]" in capsys.readouterr().err
@@ -116,6 +117,8 @@ def test_an_oracle_that_fails(
 def test_an_oracle_that_is_not_installed(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_check, "is_available", lambda: False)
+    monkeypatch.setattr(htp, "is_available", lambda: False)
     assert check(str(home / "qdq.onnx"), *V75, "--oracle", "htp") == 1
-    assert "error[QN114]" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "error[QN114]" in printed
+    assert "run: pip install 'qnpu[qnn]'" in printed

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qnpu.compiler import emit
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_writers
@@ -20,6 +19,7 @@ from qnpu.compiler.pipeline import CompileResult, compile_model
 from qnpu.compiler.quant_types import Encoding
 from qnpu.compiler.target import load_target
 from qnpu.models.load import load_onnx
+from qnpu.runtime_check import htp
 from qnpu.runtime_check.feeds import ArraySamples
 from qnpu.runtime_check.htp import HtpCompiler, HtpError, is_available
 from tests.conftest import Array, normal, parse, run_model
@@ -120,7 +120,7 @@ def test_what_can_be_made(names: list[str], target: str, codes: list[str]) -> No
 
 
 def test_the_vendors_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emit, "is_available", lambda: False)
+    monkeypatch.setattr(htp, "is_available", lambda: False)
     check_emissions(["float"], HTP)
     with pytest.raises(DiagnosticError) as caught:
         check_emissions(["epcontext"], HTP)
