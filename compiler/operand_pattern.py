@@ -97,7 +97,7 @@ def _elements(operand: Operand, part: slice) -> int:
     return 0 if operand.shape is None else math.prod(operand.shape[part])
 
 
-def _is_number(operand: Operand, number: float) -> bool:
+def is_number(operand: Operand, number: float) -> bool:
     """A constant of one element, which stands for the number within half an LSB."""
     codes = constant_array(operand.codes)
     if codes is None or codes.size != 1 or operand.scale is None or operand.zero_point is None:
@@ -144,7 +144,7 @@ _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "axis": lambda operand, number: operand.axis == int(number),
     "rank": lambda operand, number: operand.rank == int(number),
     "block": lambda operand, number: operand.block == int(number),
-    "value": lambda operand, number: _is_number(operand, float(number)),
+    "value": lambda operand, number: is_number(operand, float(number)),
     "z": lambda operand, number: _has_zero_point(operand, _code(operand, number)),
     "z!": lambda operand, number: not _has_zero_point(operand, _code(operand, number)),
 }

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, static_shape
 from qnpu.compiler.op_traits import is_standard
+from qnpu.compiler.quant_types import widened
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -206,7 +207,7 @@ def _encoded(value: ir.Value, node: ir.Node, codes: ir.Value) -> Operand:
         granularity = "lpbq"
     elif block:
         granularity = "block"
-    elif scale is not None and scale.ndim > 0 and _spans_channels(scale, shape):
+    elif scale is not None and scale.size > 1:  # a vector of one counts as per tensor
         granularity = "channel"
     axis = node.attributes.get_int("axis", 1)
     if axis < 0 and shape is not None:
@@ -226,11 +227,6 @@ def _encoded(value: ir.Value, node: ir.Node, codes: ir.Value) -> Operand:
     )
 
 
-def _spans_channels(scale: NDArray[Any], shape: tuple[int, ...] | None) -> bool:
-    """More than one scale; a vector of one counts as per tensor."""
-    return scale.size > 1
-
-
 def _code_type(codes: ir.Value, zero_point: ir.Value | None) -> str:
     dtype = codes.dtype or (zero_point.dtype if zero_point is not None else None)
     if dtype is None:
@@ -239,11 +235,7 @@ def _code_type(codes: ir.Value, zero_point: ir.Value | None) -> str:
 
 
 def _integers(array: NDArray[Any] | None) -> NDArray[np.int64] | None:
-    """Zero points as integers; ml_dtypes' 4-bit ones convert by way of int8."""
-    if array is None:
-        return None
-    narrow = array.dtype.itemsize == 1 and array.dtype.kind not in "iu"
-    return (array.astype(np.int8) if narrow else array).astype(np.int64)
+    return None if array is None else widened(array).astype(np.int64)
 
 
 def _flat(array: NDArray[Any] | None) -> NDArray[Any]:

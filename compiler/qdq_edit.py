@@ -95,12 +95,9 @@ class QdqEditor:
 
     def parameters(self, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
         """Initializers of a scale and an explicit zero point."""
-        zero = encoding.zero_point
-        narrow = zero.astype(np.int8) if encoding.spec.bits == 4 else zero
-        codes = narrow.astype(encoding.spec.code_dtype)
         return (
             self.constant(f"{name}_scale", encoding.scale),
-            self.constant(f"{name}_zero_point", codes, encoding.spec.dtype),
+            self.constant(f"{name}_zero_point", encoding.zero_point_codes, encoding.spec.dtype),
         )
 
     def node(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -154,6 +154,12 @@ class Encoding:
         """Highest real value the codes reach."""
         return self.scale.astype(np.float64) * (self.spec.q_max - self.zero_point)
 
+    @property
+    def zero_point_codes(self) -> NDArray[np.generic]:
+        """The zero point in the type of the codes, as QuantizeLinear takes it."""
+        narrow = self.zero_point.astype(np.int8) if self.spec.bits == 4 else self.zero_point
+        return narrow.astype(self.spec.code_dtype)
+
     def same_as(self, other: Encoding) -> bool:
         """True where both give every real number the same code."""
         return (
@@ -177,9 +183,7 @@ class Encoding:
     def dequantize(self, codes: NDArray[np.generic]) -> NDArray[np.float32]:
         """Real values of codes, float32."""
         scale, zero = self._broadcast(codes.ndim)
-        if codes.dtype in (ml_dtypes.int4, ml_dtypes.uint4):
-            codes = codes.astype(np.int8)
-        return ((codes.astype(np.float32) - zero) * scale).astype(np.float32)
+        return ((widened(codes).astype(np.float32) - zero) * scale).astype(np.float32)
 
     def _broadcast(self, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         zero = self.zero_point.astype(np.float32)
@@ -188,6 +192,11 @@ class Encoding:
         shape = [1] * rank
         shape[self.spec.granularity.axis] = -1
         return self.scale.reshape(shape), zero.reshape(shape)
+
+
+def widened(codes: NDArray[Any]) -> NDArray[Any]:
+    """Codes of fewer than eight bits, ml_dtypes' own types, as int8; others as they are."""
+    return codes if codes.dtype.kind in "iu" else codes.astype(np.int8)
 
 
 def _positive_float32(scale: FloatArray) -> NDArray[np.float32]:

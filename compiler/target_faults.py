@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import Operand, Operation
+from qnpu.compiler.quant_types import widened
 from qnpu.compiler.target import Fault, TargetProfile, Verdict
 from qnpu.compiler.target_check import NodeVerdict, TargetReport
 from qnpu.compiler.target_rules import (
@@ -153,7 +154,9 @@ def accumulator_bits(operation: Operation) -> float | None:
     if codes is None or zero is None or swing is None:
         return None
     axis = channel_axis(operation, weights[0])
-    rows = np.moveaxis(_as_integers(codes), axis, 0).reshape(codes.shape[axis], -1)
+    rows = np.moveaxis(widened(codes).astype(np.int32, copy=False), axis, 0).reshape(
+        codes.shape[axis], -1
+    )
     offset = zero.reshape(-1, 1) if zero.size in (1, len(rows)) else np.zeros((1, 1), np.int64)
     sums = np.abs(rows - offset if offset.any() else rows).sum(axis=1, dtype=np.int64)
     bound = sums.astype(np.float64) * swing
@@ -184,12 +187,3 @@ def _swing(operand: Operand) -> float | None:
     )
     zero = operand.zero_point.reshape(-1)
     return float(max(np.abs(low - zero).max(), np.abs(high - zero).max()))
-
-
-def _as_integers(codes: np.ndarray) -> np.ndarray:
-    """4-bit codes widened; others as they are, since NumPy subtracts them in a wider type."""
-    return (
-        codes.astype(np.int8)
-        if codes.dtype.kind not in "iu"
-        else codes.astype(np.int32, copy=False)
-    )

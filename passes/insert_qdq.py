@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -140,11 +139,9 @@ def _dequantize(
 
 
 def _parameters(graph: ir.Graph, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
-    codes = encoding.zero_point.astype(np.int32)
-    if encoding.spec.bits < 32:
-        narrow = codes.astype(np.int8) if encoding.spec.bits == 4 else codes
-        codes = narrow.astype(encoding.spec.code_dtype)
-    zero_point = ir.tensor(codes, dtype=encoding.spec.dtype, name=f"{name}_zero_point")
+    zero_point = ir.tensor(
+        encoding.zero_point_codes, dtype=encoding.spec.dtype, name=f"{name}_zero_point"
+    )
     return add_initializer(graph, f"{name}_scale", encoding.scale), register_tensor(
         graph, zero_point
     )

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import NodeBuilder, constant_array, name_of
+from qnpu.compiler.operand_pattern import is_number
 from qnpu.compiler.operands import Operand, Operation, input_operand
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of
 from qnpu.compiler.quant_types import Encoding
@@ -34,7 +35,7 @@ def pow_to_mul(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
     encoding = encoding_of(base) if base is not None else None
     if base is None or encoding is None or exponent is None:
         return False
-    power = next((p for p in (2, 3) if _is_number(exponent, p)), None)
+    power = next((p for p in (2, 3) if _is_exponent(exponent, p)), None)
     shape = operation.outputs[0].shape
     if power is None or base.shape != shape:
         return False
@@ -49,17 +50,12 @@ def pow_to_mul(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
     return True
 
 
-def _is_number(operand: Operand, number: float) -> bool:
+def _is_exponent(operand: Operand, number: float) -> bool:
     """A constant of one element; a quantized one within half an LSB."""
-    codes = constant_array(operand.codes if operand.quantized else operand.value)
-    if codes is None or codes.size != 1 or not operand.constant:
-        return False
-    if not operand.quantized:
-        return float(codes.item()) == number
-    encoding = encoding_of(operand)
-    if encoding is None:
-        return False
-    return abs(float(encoding.dequantize(codes).item()) - number) <= float(encoding.scale) / 2
+    if operand.quantized:
+        return operand.constant and is_number(operand, number)
+    array = constant_array(operand.value)
+    return array is not None and array.size == 1 and float(array.item()) == number
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import DEQUANTIZE, Operand, Operation
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of, spec_of
+from qnpu.compiler.quant_types import widened
 from qnpu.compiler.target import OpRule
 from qnpu.compiler.target_faults import channel_axis
 from qnpu.compiler.target_rules import RescaledBlocks
@@ -187,8 +188,7 @@ def symmetric_weight(editor: QdqEditor, operation: Operation, rule: OpRule) -> b
     shape = [1] * codes.ndim
     shape[weight.axis] = -1
     zero = weight.zero_point.reshape(shape if per_channel else ())
-    wide = codes.astype(np.int8) if codes.dtype.itemsize == 1 and codes.dtype.kind == "V" else codes
-    numbers = wide.astype(np.int64) - zero
+    numbers = widened(codes).astype(np.int64) - zero
     narrow = weight.dtype[1:] == "4" and numbers.min() >= -8 and numbers.max() <= 7
     spec = spec_of("s4" if narrow else "s8")
     stated = weight.has_zero_point and not zero.any()
