@@ -907,6 +907,36 @@ class UnreadableEncodings(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NotRunInTorch(Rule):
+    """What it checks
+        Each node that scales or rotations are learned through has an operator, attributes and types
+        that the torch executor runs as ONNX means them.
+
+    Why it matters
+        A gradient through something else than the graph would teach the wrong scales.
+
+    Example
+        ```console
+        qnpu-compile model-with-a-loop.onnx --learn blockwise
+        ```
+
+    How to fix
+        Export the model without the operator, or compile with measured scales alone.
+    """
+
+    code: ClassVar[str] = "QN307"
+    name: ClassVar[str] = "not-run-in-torch"
+    operator: str
+    reason: str
+
+    def message(self) -> str:
+        return f"`{self.operator}` cannot be run in torch: {self.reason}"
+
+    def help(self) -> str:
+        return "export the model without it, or compile with measured scales alone"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is of the form w{4,8}a{8,16}.

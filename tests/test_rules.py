@@ -50,6 +50,7 @@ TRIGGERED_BY = {
     "QN303": "test_insert_qdq.py::test_tensors_without_an_encoding_are_all_named",
     "QN305": "test_feeds.py::test_text_cannot_feed_an_image",
     "QN306": "test_encoding_formats.py::test_faults_of_a_file",
+    "QN307": "test_torch_executor.py::test_what_torch_cannot_run",
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",
