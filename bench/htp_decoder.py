@@ -28,12 +28,12 @@ from rich.table import Table
 
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.inputs import text_windows
-from qnpu.compiler.operands import input_operand
+from qnpu.compiler.integer_io import integer_io
 from qnpu.compiler.target import load_target
 from qnpu.models.export import export_optimum
 from qnpu.models.load import load_onnx, load_tokenizer, load_torch, resolve
 from qnpu.runtime_check.compare import lsb_difference
-from qnpu.runtime_check.htp import HtpCompiler, output_scales
+from qnpu.runtime_check.htp import HtpCompiler, output_scales, output_type
 from qnpu.runtime_check.perplexity import next_token_loss
 from qnpu.runtime_check.session import Array, Mode, open_session, run
 
@@ -48,6 +48,7 @@ def main(
     archs: Annotated[str, typer.Option(help="Architectures, separated by commas.")] = "75,79",
     calib: Annotated[str, typer.Option(help="Text. Default: the built-in one.")] = "",
     text: Annotated[str, typer.Option(help="To run on. Default: the built-in text.")] = "",
+    integer: Annotated[bool, typer.Option("--integer-io", help="Codes in and out.")] = False,
     execute: Annotated[bool, typer.Option("--run", help="Emulate one window.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("htp-out"),
 ) -> None:
@@ -58,10 +59,11 @@ def main(
     if not source.exists():
         console.print(f"exporting {MODEL} to {source}")
         _export(source, layers)
-    folder = source.parent / scheme
+    folder = source.parent / (f"{scheme}-integer-io" if integer else scheme)
     options = ["--scheme", scheme, "--target", targets[0], "--seq-len", str(TOKENS)]
     options += ["--eval-windows", "0", "--out", str(folder), "--tokenizer", MODEL]
     options += ["--calib", calib] if calib else []
+    options += ["--integer-io"] if integer else []
     _command("qnpu-compile", str(source), *options)
     file = folder / "model.qdq.onnx"
 
@@ -128,7 +130,10 @@ def _emulate(console: Console, file: Path, target: str, text: str, *, whole: boo
         actual = htp.run(file, f"v{profile.vendor.arch}", {"input_ids": ids})
     console.print(f"emulated {description} in {time.perf_counter() - started:.0f} s")
     agrees = _compare(console, model, profile.tolerance_lsb, expected, actual) or whole
-    first, second = (_perplexity(found["logits"], ids) for found in (expected, actual))
+    encoding = integer_io(model).get("logits")
+    logits = [found["logits"] for found in (expected, actual)]
+    reals = [encoding.dequantize(codes) for codes in logits] if encoding else logits
+    first, second = (_perplexity(real, ids) for real in reals)
     console.print(f"perplexity of the window: QDQ {first:.3f}, emulator {second:.3f}")
     console.print(f"emulator / QDQ: {second / first:.4f}")
     return agrees and (not whole or abs(second / first - 1) <= 0.02)
@@ -145,7 +150,7 @@ def _compare(
     worst: dict[str, tuple[int, float, str]] = {}
     scales = output_scales(model)
     for output in model.graph.outputs:
-        name, dtype = name_of(output), input_operand(output).dtype
+        name, dtype = name_of(output), output_type(output)
         lsb = np.abs(lsb_difference(expected[name], actual[name], scales[name]))
         found = int(lsb.max()), float(lsb.mean()), name
         worst[dtype] = max(worst.get(dtype, (0, 0.0, "")), found)

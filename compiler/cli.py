@@ -34,6 +34,7 @@ from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
+from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.pipeline import (
@@ -127,6 +128,13 @@ def _compile(
         float | None,
         typer.Option(help=f"Attention mask constant. Default: {_DEFAULTS.mask_value:g}."),
     ] = None,
+    integer_io: Annotated[
+        bool | None,
+        typer.Option(
+            "--integer-io/--real-io",
+            help="Inputs and outputs are codes, or real numbers. Default: real.",
+        ),
+    ] = None,
     freeze_dim: Annotated[
         list[str] | None, typer.Option(help="NAME=SIZE or INPUT:AXIS=SIZE; may be repeated.")
     ] = None,
@@ -176,6 +184,7 @@ def _compile(
         "online": tuple(online.split(",") if online else ()) if online is not None else None,
         "seed": seed,
         "mask_value": mask_value,
+        "integer_io": integer_io,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
         "keep_inputs": tuple(keep_input) if keep_input else None,
         "eval_text": eval_text,
@@ -207,8 +216,8 @@ def _compile(
         times["load"] = time.perf_counter() - started
         result = compile_model(opened.model, settings, calibration, progress)
         times["compile"] = time.perf_counter() - started - times["load"]
-        batch = calibration.feeds(result.model.graph.inputs)[0]
-        evaluation, evaluated = _evaluation(settings, opened, result.model.graph)
+        batch = calibration.feeds(result.float_model.graph.inputs)[0]
+        evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
         checks = check_result(result, batch, evaluation, progress)
         times["check"] = time.perf_counter() - started - sum(times.values())
         report = write_result(
@@ -411,15 +420,17 @@ def _evaluate(
     settings = CompileConfig(seq_len=window, bos=bos)
     if mode not in [m.value for m in Mode]:
         raise DiagnosticError(InvalidConfig("--mode", f"`{mode}` is not a mode").at())
-    graph_model = load_onnx(Path(model))
-    changed = FreezeShapes(sequence_length=window).run(Compilation(graph_model))
+    loaded = load_onnx(Path(model))
+    graph_model = with_real_io(loaded)
+    frozen = FreezeShapes(sequence_length=window).run(Compilation(graph_model))
     words = load_tokenizer(tokenizer or resolve(model))
     data, description = text_windows(
         text or "", "evaluation", words, settings.seq_len, windows or None, settings.bos
     )
     feeds = data.feeds(graph_model.graph.inputs)
+    changed = frozen or graph_model is not loaded
     session = open_session(graph_model if changed else Path(model), Mode(mode))
-    del graph_model
+    del graph_model, loaded
     with progress_bars(shown=not quiet) as progress:
         measured = measure_perplexity(session, feeds, logits_name=LOGITS, progress=progress)
     summary = {

@@ -36,6 +36,7 @@ class CompileConfig:
             projections).
         rotate_caches: rotate attention values that a cache holds too.
         mask_value: constant that replaces minus infinity in attention masks, real.
+        integer_io: graph inputs and outputs with an encoding are codes, not real numbers.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
         eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
@@ -59,6 +60,7 @@ class CompileConfig:
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
     mask_value: float = -50.0
+    integer_io: bool = False
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()
     eval_text: str = ""

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qnpu.compiler.emit import Compiled, emission
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.integer_io import integer_io
 from qnpu.compiler.output import hash_file
 from qnpu.compiler.pipeline import MODEL_NAME
 from qnpu.compiler.target import TargetProfile
@@ -51,8 +52,7 @@ def write_handoff(
         _commands(target, emitted),
         "## Inputs and outputs",
         _io_table(compiled.model.graph, compiled.encodings),
-        "The file takes and returns real numbers; an NPU takes and returns their codes,\n"
-        "q = clamp(round(x / scale) + zero point), and x = scale · (q - zero point).",
+        _numbers(compiled.model),
         *_requantize(compiled.float_model.graph, compiled.encodings),
         "## Key/value cache",
         _cache(compiled.float_model.graph, compiled.encodings),
@@ -128,6 +128,17 @@ def _io_table(graph: ir.Graph, encodings: EncodingTable) -> str:
         for value in values
     ]
     return _table(("", "tensor", "shape", "type", "codes", "scale", "zero point"), rows)
+
+
+def _numbers(model: ir.Model) -> str:
+    """What goes in and out, and how it becomes the other."""
+    formula = "q = clamp(round(x / scale) + zero point), and x = scale · (q - zero point)."
+    if integer_io(model):
+        return f"The file takes and returns codes where it says so, as an NPU does:\n{formula}"
+    return (
+        "The file takes and returns real numbers; an NPU takes and returns their codes,\n"
+        f"{formula} `qnpu-compile --integer-io` makes a file that takes and\nreturns the codes."
+    )
 
 
 def _shape(value: ir.Value) -> str:

@@ -17,6 +17,7 @@ from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -44,6 +45,7 @@ from qnpu.passes.fuse_rotation import FuseRotation
 from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.legalize_target import LegalizeTarget
+from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
 from qnpu.runtime_check.feeds import FeedSource
@@ -89,6 +91,7 @@ def default_passes(
         UnifyEncodings(),
         InsertQdq(),
         LegalizeTarget(),
+        *([LowerIo()] if config.integer_io else []),
     ]
 
 
@@ -184,11 +187,12 @@ def check_result(
         progress: called with fraction done.
     """
     rotated = turn_caches(result.float_model, batch)
-    tensors = compare_graphs(result.float_model, result.model, rotated, progress=progress)
+    qdq_model = with_real_io(result.model)
+    tensors = compare_graphs(result.float_model, qdq_model, rotated, progress=progress)
     source_error = _source_error(result, batch)
     perplexity: dict[str, Perplexity] = {}
     if evaluation and any(value.name == LOGITS for value in result.model.graph.outputs):
-        for label, model in (("float", result.float_model), ("qdq", result.model)):
+        for label, model in (("float", result.float_model), ("qdq", qdq_model)):
             perplexity[label] = stream_perplexity(
                 model, evaluation, logits_name=LOGITS, progress=progress, label=f"evaluate {label}"
             )

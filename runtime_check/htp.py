@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.operands import input_operand
 from qnpu.compiler.rules import MissingPackage
 from qnpu.runtime_check.compare import lsb_difference
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
@@ -574,3 +575,9 @@ def output_scales(model: ir.Model) -> dict[str, float]:
             if scale is not None and scale.size == 1:
                 scales[name_of(output)] = float(scale.item())
     return scales
+
+
+def output_type(output: ir.Value) -> str:
+    """The type of an output's codes as profiles write it, ``u16``; ``float`` where it has none."""
+    dtype = input_operand(output).dtype
+    return re.sub(r"^(u?)int", lambda found: found[1] or "s", dtype)

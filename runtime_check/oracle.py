@@ -11,10 +11,10 @@ import onnx_ir as ir
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.op_traits import is_float
-from qnpu.compiler.operands import input_operand, operations
+from qnpu.compiler.operands import operations
 from qnpu.compiler.target import TargetProfile
 from qnpu.compiler.target_rules import CompiledToFloat, EmulatorDiffers, RefusedByCompiler
-from qnpu.runtime_check.htp import HtpCompiler, HtpError, HtpGraph, compare_on_emulator
+from qnpu.runtime_check.htp import HtpCompiler, HtpError, HtpGraph, compare_on_emulator, output_type
 from qnpu.runtime_check.session import Array, Feeds
 
 
@@ -107,7 +107,7 @@ def run_on_htp(
         differences.append(
             OutputDifference(name_of(output), largest, float(size.mean()), float((size > 0).mean()))
         )
-        tolerance = _tolerance(target, alone, input_operand(output).dtype)
+        tolerance = _tolerance(target, alone, output_type(output))
         if tolerance is not None and largest > tolerance:
             place = name_of(output)
             faults.append(EmulatorDiffers(largest, tolerance, target.id).at(value=place))

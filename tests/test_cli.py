@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qnpu.compiler.output import save_model
 from qnpu.compiler.rules import all_rules
+from qnpu.models.load import load_onnx
+from qnpu.passes.lower_io import LowerIo
 from tests.commands import BIN, Done, call, snapshot
 from tests.test_bad_input import CALIBRATION, GOOD, graph, node, put
 
@@ -228,6 +231,19 @@ def test_no_online_rotation_wins_over_the_file(tmp_path: Path) -> None:
     assert call(*arguments, "--online", "", folder=tmp_path).codes == ["QN102"]
 
 
+def test_integers_in_and_out(tmp_path: Path) -> None:
+    GOOD(tmp_path)
+    CALIBRATION(tmp_path)
+    (tmp_path / "c.toml").write_text("integer_io = true\n")
+    command = ["qnpu-compile", "model.onnx", "--calib", "data.npz", "--config", "c.toml", "--json"]
+    for options, dtype in ([], "UINT16"), (["--real-io"], "FLOAT"):
+        done = call(*command, *options, "--out", dtype, folder=tmp_path)
+        assert done.exit_code == 0, done.stderr
+        graph = load_onnx(tmp_path / dtype / "model.qdq.onnx").graph
+        assert {str(value.dtype) for value in (*graph.inputs, *graph.outputs)} == {dtype}
+        assert ("lower-io" in report(tmp_path / dtype)["rewrites"]) == (dtype != "FLOAT")
+
+
 # -------------------------------------------------------------------------------------- qnpu-eval
 
 
@@ -250,6 +266,18 @@ def test_all_modes_agree_on_a_float_file(home: Path) -> None:
 def test_eval_repeats_what_compile_measured(home: Path) -> None:
     options = ["--window", TOKENS, "--windows", "2", "--tokenizer", "tiny", "--json", "--quiet"]
     done = call("qnpu-eval", "out/model.qdq.onnx", *options, folder=home)
+    assert done.exit_code == 0, done.stderr
+    measured = json.loads(done.stdout)["perplexity"]
+    compiled = json.loads((home / "stdout.json").read_text())["perplexity"]["qdq"]
+    assert measured == pytest.approx(compiled, rel=1e-6)
+
+
+def test_eval_turns_codes_back(home: Path, tmp_path: Path) -> None:
+    model = load_onnx(home / "out" / "model.qdq.onnx")
+    assert LowerIo()(model).modified
+    save_model(model, tmp_path / "integer.onnx")
+    options = ["--window", TOKENS, "--windows", "2", "--tokenizer", "tiny", "--json", "--quiet"]
+    done = call("qnpu-eval", "integer.onnx", *options, folder=tmp_path)
     assert done.exit_code == 0, done.stderr
     measured = json.loads(done.stdout)["perplexity"]
     compiled = json.loads((home / "stdout.json").read_text())["perplexity"]["qdq"]

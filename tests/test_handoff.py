@@ -11,6 +11,7 @@ import pytest
 from qnpu.compiler.bit_plan import BitPlan
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.handoff import cache_pairs, placeholders, write_handoff
+from qnpu.compiler.integer_io import mark_integer
 from qnpu.compiler.output import hash_file
 from qnpu.compiler.pipeline import CompileResult
 from qnpu.compiler.quant_types import Encoding, QuantSpec
@@ -100,6 +101,13 @@ def test_inputs_and_outputs(tmp_path: Path) -> None:
     assert "| in | `ids` | 1 x 2 | int64 |  |  |  |" in text
     assert "| out | `logits` | 1 x 4 | float | uint8 | 0.5 | 7 |" in text
     assert "| out | `past_key_0_out` | 1 x 4 | float | uint8 | 0.100000001 | 128 |" in text
+
+
+def test_codes_in_and_out(tmp_path: Path) -> None:
+    assert "takes and returns real numbers" in page(tmp_path)
+    compiled = result()
+    mark_integer(compiled.model, {"logits": encoding()})
+    assert "takes and returns codes" in page(tmp_path, compiled)
 
 
 def test_scales_are_exact(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.target import load_target
+from qnpu.passes.lower_io import LowerIo
 from qnpu.runtime_check.htp import HtpCompiler, HtpError, is_available
 from qnpu.runtime_check.oracle import ask_htp, random_feeds, run_on_htp
 from tests.conftest import parse
@@ -41,12 +42,14 @@ def test_float_operations_and_refusals_are_faults(tmp_path: Path) -> None:
 
 
 @needs_htp
-def test_outputs_within_and_beyond_the_tolerance() -> None:
+@pytest.mark.parametrize("integer", [False, True])
+def test_outputs_within_and_beyond_the_tolerance(integer: bool) -> None:
     """Sigmoid of u16 at an encoding that the compiler overrides is far off."""
     text = QDQ.replace("uint8 z = {128}", "uint16 z = {32768}").replace("Relu(xd)", "Sigmoid(xd)")
     text = text.replace("s = {0.5}", "s = {0.0001}, float t = {0.0001}, uint16 zt = {0}")
     text = text.replace("(p, s, z)", "(p, t, zt)").replace("(pq, s, z)", "(pq, t, zt)")
     model = parse(text)
+    assert not integer or LowerIo()(model).modified
     strict = TARGET.model_copy(update={"tolerance_lsb": {"Sigmoid/u16": 0}})
     loose = TARGET.model_copy(update={"tolerance_lsb": {"Sigmoid/u16": 10**6}})
     unknown = TARGET.model_copy(update={"tolerance_lsb": {}})
