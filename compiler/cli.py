@@ -33,6 +33,7 @@ from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_wr
 from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
+from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
@@ -41,7 +42,6 @@ from qnpu.compiler.pipeline import (
     LOGITS,
     MODEL_NAME,
     CheckResult,
-    CompileResult,
     check_result,
     compile_model,
     find_topology,
@@ -220,9 +220,11 @@ def _compile(
         evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
         checks = check_result(result, batch, evaluation, progress)
         times["check"] = time.perf_counter() - started - sum(times.values())
+        handout = make_handout(result.model)
         report = write_result(
             out,
             result,
+            handout,
             checks,
             {
                 "command": ["qnpu-compile", *sys.argv[1:]],
@@ -232,7 +234,7 @@ def _compile(
                 "evaluation": evaluated,
                 "seed": settings.seed,
             },
-            _more_files(result, settings, profile),
+            _more_files(handout, settings, profile),
         )
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
@@ -298,14 +300,14 @@ def _evaluation(
 
 
 def _more_files(
-    result: CompileResult, settings: CompileConfig, target: TargetProfile
+    handout: Handout, settings: CompileConfig, target: TargetProfile
 ) -> dict[str, Writer]:
     """What ``--emit`` asks for, and then the page about all files."""
-    writers = emission_writers(settings.emit, result, target)
+    writers = emission_writers(settings.emit, handout, target)
     if target.handoff:
         writers[HANDOFF_NAME] = partial(
             write_handoff,
-            compiled=result,
+            handout=handout,
             target=target,
             emitted=settings.emit,
             mask_value=settings.mask_value,

@@ -6,33 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.encoding_formats import VERSIONS, export_encodings, snap_constants
-from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.encoding_formats import VERSIONS, export_encodings
+from qnpu.compiler.handout import Handout
 from qnpu.compiler.output import Writer, save_model, write_json
 from qnpu.compiler.rules import HandoffFailed, InvalidConfig
 from qnpu.compiler.target import TargetProfile
 from qnpu.runtime_check.htp import HtpCompiler, HtpError, require_htp
-
-
-class Compiled(Protocol):
-    """What a file is made from; a ``CompileResult`` is one."""
-
-    @property
-    def model(self) -> ir.Model:
-        """The Q/DQ graph."""
-
-    @property
-    def float_model(self) -> ir.Model:
-        """The graph before Q/DQ pairs went in."""
-
-    @property
-    def encodings(self) -> EncodingTable:
-        """Of every float tensor of the float graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +26,14 @@ class Emission:
         name: on the command line.
         file: name of the file.
         what: half a line for HANDOFF.md.
-        write: writes it, to a path, from a compile, for a target.
+        write: writes it, to a path, from a handout, for a target.
         oracle: compiler that the file is made by, as in ``Vendor.oracle``; empty for none.
     """
 
     name: str
     file: str
     what: str
-    write: Callable[[Path, Compiled, TargetProfile], None]
+    write: Callable[[Path, Handout, TargetProfile], None]
     oracle: str = ""
 
 
@@ -83,12 +66,12 @@ def check_emissions(names: Sequence[str], target: TargetProfile) -> None:
 
 
 def emission_writers(
-    names: Sequence[str], compiled: Compiled, target: TargetProfile
+    names: Sequence[str], handout: Handout, target: TargetProfile
 ) -> dict[str, Writer]:
     """File name → what writes it, for ``write_outputs``."""
 
     def writer(item: Emission) -> Writer:
-        return lambda path: item.write(path, compiled, target)
+        return lambda path: item.write(path, handout, target)
 
     return {item.file: writer(item) for item in map(emission, names)}
 
@@ -96,33 +79,33 @@ def emission_writers(
 # ---------------------------------------------------------------------------------------- writers
 
 
-def _encodings(version: str, path: Path, compiled: Compiled, target: TargetProfile) -> None:
-    document = export_encodings(compiled.encodings, compiled.float_model.graph, version)
+def _encodings(version: str, path: Path, handout: Handout, target: TargetProfile) -> None:
+    document = export_encodings(handout.encodings, handout.float_model.graph, version)
     write_json(document, path)
 
 
-def _float(path: Path, compiled: Compiled, target: TargetProfile) -> None:
-    save_model(snap_constants(compiled.float_model, compiled.encodings), path)
+def _float(path: Path, handout: Handout, target: TargetProfile) -> None:
+    save_model(handout.float_model, path)
 
 
-def _context(path: Path, compiled: Compiled, target: TargetProfile) -> None:
-    _by_vendor(HtpCompiler.emit_context, path, compiled, target)
+def _context(path: Path, handout: Handout, target: TargetProfile) -> None:
+    _by_vendor(HtpCompiler.emit_context, path, handout, target)
 
 
-def _dlc(path: Path, compiled: Compiled, target: TargetProfile) -> None:
-    _by_vendor(HtpCompiler.emit_dlc, path, compiled, target)
+def _dlc(path: Path, handout: Handout, target: TargetProfile) -> None:
+    _by_vendor(HtpCompiler.emit_dlc, path, handout, target)
 
 
 def _by_vendor(
     emit: Callable[[HtpCompiler, ir.Model, str, Path], None],
     path: Path,
-    compiled: Compiled,
+    handout: Handout,
     target: TargetProfile,
 ) -> None:
     """Raises: DiagnosticError: QN590 the vendor's compiler refuses the graph."""
     try:
         with HtpCompiler() as compiler:
-            emit(compiler, compiled.model, f"v{target.vendor.arch}", path)
+            emit(compiler, handout.model, f"v{target.vendor.arch}", path)
     except HtpError as error:
         raise DiagnosticError(HandoffFailed(path.name, target.id, str(error)).at()) from error
 
@@ -140,7 +123,7 @@ EMISSIONS: tuple[Emission, ...] = (
     Emission(
         "float",
         "model.float.onnx",
-        "the graph without Q/DQ pairs; its weights are what their codes stand for",
+        "model.qdq.onnx without Q/DQ pairs; its weights are what their codes stand for",
         _float,
     ),
     Emission(

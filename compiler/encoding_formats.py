@@ -39,7 +39,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.graph_edit import name_of, shape_of, static_shape
+from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.op_traits import as_linear, float_values
 from qnpu.compiler.quant_types import Encoding, Granularity, PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.rules import MissingEncoding, UnreadableEncodings
@@ -136,33 +136,6 @@ def _unsigned_grid(encoding: Encoding) -> tuple[int, bool, list[int]]:
     signed = spec.signed and (spec.bits == 32 or not encoding.zero_point.any())
     shift = 1 << (spec.bits - 1) if spec.signed else 0
     return spec.bits, signed, [-(int(zero) + shift) for zero in encoding.zero_point.reshape(-1)]
-
-
-def snap_constants(model: ir.Model, table: EncodingTable) -> ir.Model:
-    """A copy of a float graph whose weights and constants are what their codes stand for.
-
-    A vendor's tool rounds the weights itself. Away from the codes chosen here it may round another
-    way: our symmetric int4 weights stop at -7, AIMET and QAIRT go to -8. A number that a code
-    stands for is rounded to that code by all of them. Biases stay as they are: float32 does not
-    hold every int32 code.
-
-    Args:
-        model: shares its other tensors with the copy; the new ones are computed when written.
-        table: encodings of its tensors.
-    """
-    snapped = model.clone()
-    for name, value in snapped.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and name in table and table[name].spec.bits < 32:
-            value.const_value = _snapped(tensor, table[name])
-    return snapped
-
-
-def _snapped(tensor: ir.TensorProtocol, encoding: Encoding) -> ir.LazyTensor:
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(encoding.dequantize(encoding.quantize(tensor.numpy())), name=tensor.name)
-
-    return ir.LazyTensor(compute, tensor.dtype, shape_of(tensor), name=tensor.name)
 
 
 # ------------------------------------------------------------------------------------------- read

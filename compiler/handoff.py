@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qnpu.compiler.emit import Compiled, emission
-from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.emit import emission
 from qnpu.compiler.graph_edit import name_of
-from qnpu.compiler.integer_io import integer_io
+from qnpu.compiler.handout import Handout
+from qnpu.compiler.integer_io import integer_io, io_encodings
 from qnpu.compiler.output import hash_file
 from qnpu.compiler.pipeline import MODEL_NAME
+from qnpu.compiler.quant_types import Encoding
 from qnpu.compiler.target import TargetProfile
 
 HANDOFF_NAME = "HANDOFF.md"
 
 _FILES = {
     MODEL_NAME: "the quantized graph: integers with QuantizeLinear/DequantizeLinear pairs",
-    "encodings.json": "scale and zero point of each tensor, in our own words",
+    "encodings.json": f"encodings of every tensor of {MODEL_NAME}, under its name without a suffix",
     "bit_plan.json": "what each tensor was to be encoded as",
 }
+_FORMS = """\
+A converter takes one of two forms of the model: `{float}` with an encodings file, or `{model}`
+by itself. They say the same: what was rewritten for {target} is in both. Encodings files list
+every tensor of `{float}`, which takes and returns real numbers, and fit no other graph."""
 _PREFERRED = ("encodings-1.0.0", "encodings-2.0.0", "encodings-0.6.1")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def write_handoff(
     path: Path,
-    compiled: Compiled,
+    handout: Handout,
     target: TargetProfile,
     emitted: Sequence[str],
     mask_value: float,
@@ -38,24 +43,26 @@ def write_handoff(
 
     Args:
         path: of the page; all other files of the compile lie beside it already.
-        compiled: what they were made from.
+        handout: what they were made from.
         target: whose commands to print.
         emitted: names of the further files (``--emit``).
         mask_value: constant of masked scores, real.
     """
+    borders = io_encodings(handout.model)
     parts = [
         f"# Handoff to {target.id}",
         target.summary,
         "## Files",
         _file_table(path.parent, emitted),
+        _FORMS.format(model=MODEL_NAME, float=emission("float").file, target=target.id),
         "## Commands",
         _commands(target, emitted),
         "## Inputs and outputs",
-        _io_table(compiled.model.graph, compiled.encodings),
-        _numbers(compiled.model),
-        *_requantize(compiled.float_model.graph, compiled.encodings),
+        _io_table(handout.model.graph, borders),
+        _numbers(handout.model),
+        *_requantize(handout),
         "## Key/value cache",
-        _cache(compiled.float_model.graph, compiled.encodings),
+        _cache(handout.model.graph, borders),
         "## Attention mask",
         f"{mask_value:g} stands for minus infinity, which would take all codes for itself. A mask\n"
         "that is fed as an input must use the same constant.",
@@ -121,7 +128,7 @@ def _missing(target: TargetProfile, emitted: Sequence[str]) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------- tensors
 
 
-def _io_table(graph: ir.Graph, encodings: EncodingTable) -> str:
+def _io_table(graph: ir.Graph, encodings: Mapping[str, Encoding]) -> str:
     rows = [
         (way, f"`{name_of(value)}`", _shape(value), *_type(value, encodings))
         for way, values in (("in", graph.inputs), ("out", graph.outputs))
@@ -145,7 +152,7 @@ def _shape(value: ir.Value) -> str:
     return " x ".join(str(dim) for dim in value.shape or ())
 
 
-def _type(value: ir.Value, encodings: EncodingTable) -> tuple[str, str, str, str]:
+def _type(value: ir.Value, encodings: Mapping[str, Encoding]) -> tuple[str, str, str, str]:
     """Type in the file; type, scale (to the last digit of float32) and zero point of the codes."""
     dtype = str(value.dtype).lower()
     if name_of(value) not in encodings:
@@ -155,31 +162,35 @@ def _type(value: ir.Value, encodings: EncodingTable) -> tuple[str, str, str, str
     return dtype, codes, f"{float(encoding.scale):.9g}", str(int(encoding.zero_point))
 
 
-def _requantize(graph: ir.Graph, encodings: EncodingTable) -> list[str]:
-    """A warning where tensors are needed at two widths; empty where none is."""
+def _requantize(handout: Handout) -> list[str]:
+    """A warning where tensors are needed at two encodings; empty where none is."""
+    graph, encodings = handout.float_model.graph, handout.encodings
     points = [
         node
         for node in graph
         if node.op_type == "Identity"
         and (source := node.inputs[0]) is not None
         and name_of(source) in encodings
+        and name_of(node.outputs[0]) in encodings
         and not encodings[name_of(source)].same_as(encodings[name_of(node.outputs[0])])
     ]
     if not points:
         return []
     return [
         "## Requantize points",
-        f"{len(points)} tensors are needed at two widths. {MODEL_NAME} makes the narrow one by a\n"
-        "second Q/DQ pair, the float graph by an Identity whose output has another encoding than\n"
-        "its input. A converter that drops Identity drops the narrow width: look for as many\n"
-        "Convert operations in what it makes.",
+        f"{len(points)} tensors are needed at two encodings. {MODEL_NAME} makes the second one by\n"
+        "a second Q/DQ pair, the float graph by an Identity whose output has another encoding\n"
+        "than its input. A converter that drops Identity drops the second encoding: look for as\n"
+        "many Convert operations in what it makes.",
     ]
 
 
-def _cache(graph: ir.Graph, encodings: EncodingTable) -> str:
+def _cache(graph: ir.Graph, encodings: Mapping[str, Encoding]) -> str:
     pairs = cache_pairs(graph)
     if not pairs:
         return "The graph takes no cache."
+    if any(name not in encodings for pair in pairs for name in pair):
+        return f"The {len(pairs)} caches have no encoding: they are real numbers."
     apart = [
         (before, after)
         for before, after in pairs

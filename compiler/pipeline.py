@@ -17,6 +17,7 @@ from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
@@ -107,10 +108,11 @@ class CompileResult:
 
     Attributes:
         model: the QDQ graph.
-        float_model: the graph just before Q/DQ pairs went in; shares its weights.
+        float_model: the graph just before Q/DQ pairs went in, which nothing was rewritten in for
+            the target yet; shares its weights.
         source_model: the graph as loaded, with its shapes frozen; shares its weights.
         bit_plan: what each tensor was to be encoded as.
-        encodings: scale and zero point of each tensor.
+        encodings: scale and zero point of each of its tensors.
         diagnostics: notes and warnings.
         rewrites: pass name → how many places it changed.
     """
@@ -228,6 +230,7 @@ def _streamed(model: ir.Model, batch: Feeds, names: set[str]) -> Iterator[tuple[
 def write_result(
     folder: Path,
     result: CompileResult,
+    handout: Handout,
     checks: CheckResult,
     about: dict[str, object],
     more: Mapping[str, Writer] = MappingProxyType({}),
@@ -237,6 +240,7 @@ def write_result(
     Args:
         folder: where to.
         result: from ``compile_model``.
+        handout: of its model.
         checks: from ``check_result``.
         about: command, input and configuration, for the report.
         more: file name → what writes it, once the files before it are there.
@@ -250,7 +254,7 @@ def write_result(
     writers: dict[str, Writer] = {
         MODEL_NAME: lambda path: save_model(result.model, path),
         "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
-        "encodings.json": lambda path: write_json(result.encodings.to_json(), path),
+        "encodings.json": lambda path: write_json(handout.encodings.to_json(), path),
         **more,
     }
     report: dict[str, object] = {

@@ -19,6 +19,7 @@ import pytest
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.graph_checks import check_graph
+from qnpu.compiler.handout import make_handout
 from qnpu.compiler.op_traits import is_float
 from qnpu.compiler.pipeline import (
     MODEL_NAME,
@@ -235,7 +236,9 @@ def test_the_same_input_gives_the_same_bytes(export: Export, tmp_path: Path) -> 
     for name in ("one", "two"):
         config = CompileConfig(scheme="w8a8", seq_len=TOKENS)
         result = compile_model(load_onnx(export("qwen2")), config, WINDOWS)
-        write_result(tmp_path / name, result, checked(result), {"input": "qwen2"})
+        write_result(
+            tmp_path / name, result, make_handout(result.model), checked(result), {"input": "qwen2"}
+        )
         written.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert written[0] == written[1]
     assert set(written[0]) == {MODEL_NAME, "bit_plan.json", "encodings.json", "report.json"}
@@ -243,7 +246,7 @@ def test_the_same_input_gives_the_same_bytes(export: Export, tmp_path: Path) -> 
 
 def test_the_file_is_sound_onnx(compiled: Compile, tmp_path: Path) -> None:
     result = compiled("gpt2", "w8a8")
-    write_result(tmp_path, result, checked(result), {})
+    write_result(tmp_path, result, make_handout(result.model), checked(result), {})
     onnx.checker.check_model(tmp_path / MODEL_NAME, full_check=True)
     loaded = ir.load(tmp_path / MODEL_NAME)
     assert model_to_text(loaded) == model_to_text(result.model)

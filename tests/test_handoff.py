@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qnpu.compiler.bit_plan import BitPlan
-from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handoff import cache_pairs, placeholders, write_handoff
-from qnpu.compiler.integer_io import mark_integer
+from qnpu.compiler.handout import Handout, make_handout
+from qnpu.compiler.integer_io import io_encodings
+from qnpu.compiler.op_traits import float_values
 from qnpu.compiler.output import hash_file
-from qnpu.compiler.pipeline import CompileResult
+from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 from qnpu.compiler.target import TargetProfile, Vendor, load_target, target_names
+from qnpu.passes.insert_qdq import InsertQdq
+from qnpu.passes.legalize_target import LegalizeTarget
+from qnpu.passes.lower_io import LowerIo
 from tests.conftest import parse
 
 CACHED = """
@@ -30,13 +34,14 @@ def encoding(scale: float = 0.1, zero: int = 128) -> Encoding:
     return Encoding(U8, np.array(scale, np.float32), np.array(zero, np.int32))
 
 
-def result(text: str = CACHED, **encodings: Encoding) -> CompileResult:
-    """A compile of a graph, as far as the page looks at it."""
+def result(text: str = CACHED, **encodings: Encoding) -> Handout:
+    """A graph with Q/DQ pairs on every float tensor."""
     model = parse(text)
-    table = EncodingTable()
-    for name in ("past_key_0_in", "past_key_0_out", "logits"):
-        table[name] = encodings.get(name, encoding())
-    return CompileResult(model, model, model, BitPlan(), table, diagnostics=[], rewrites={})
+    compilation = Compilation(model)
+    for value in float_values(model.graph):
+        compilation.encodings[name_of(value)] = encodings.get(name_of(value), encoding())
+    InsertQdq().run(compilation)
+    return make_handout(model)
 
 
 TARGET = TargetProfile(
@@ -51,11 +56,11 @@ TARGET = TargetProfile(
 
 def page(
     folder: Path,
-    compiled: CompileResult | None = None,
+    handout: Handout | None = None,
     target: TargetProfile = TARGET,
     emitted: tuple[str, ...] = (),
 ) -> str:
-    write_handoff(folder / "HANDOFF.md", compiled or result(), target, emitted, -50.0)
+    write_handoff(folder / "HANDOFF.md", handout or result(), target, emitted, -50.0)
     return (folder / "HANDOFF.md").read_text("utf-8")
 
 
@@ -105,9 +110,33 @@ def test_inputs_and_outputs(tmp_path: Path) -> None:
 
 def test_codes_in_and_out(tmp_path: Path) -> None:
     assert "takes and returns real numbers" in page(tmp_path)
-    compiled = result()
-    mark_integer(compiled.model, {"logits": encoding()})
-    assert "takes and returns codes" in page(tmp_path, compiled)
+    model = result(past_key_0_in=encoding(0.25, 3)).model
+    assert LowerIo()(model).modified
+    text = page(tmp_path, make_handout(model))
+    assert "takes and returns codes" in text
+    assert "| in | `past_key_0_in` | 1 x 4 | uint8 | uint8 | 0.25 | 3 |" in text
+    assert "| in | `ids` | 1 x 2 | int64 |  |  |  |" in text
+
+
+def test_real_numbers_without_an_encoding(tmp_path: Path) -> None:
+    text = page(tmp_path, make_handout(parse(CACHED)))
+    assert "| out | `logits` | 1 x 4 | float |  |  |  |" in text
+    assert "have no encoding" in text
+
+
+def test_the_page_tells_what_legalization_made(tmp_path: Path) -> None:
+    """Sigmoid's encoding is forced; what was planned is not what comes out."""
+    wide = QuantSpec(16, False, False)
+    planned = Encoding(wide, np.array(1 / 32768, np.float32), np.array(0, np.int32))
+    text = "g (float[1, 4] x) => (float[1, 4] y) { h = Sigmoid(x)  y = Reshape(h, s) }"
+    text = text.replace(" {", " <int64[2] s = {1, 4}> {")
+    model = result(text, x=planned, h=planned, y=planned).model
+    assert "| uint16 | 3.05175781e-05 | 0 |" in page(tmp_path, make_handout(model))
+    assert LegalizeTarget("qnn-htp-v75")(model).modified
+    handout = make_handout(model)
+    assert float(handout.encodings["h"].scale) == 1 / 65536
+    assert float(handout.encodings["y"].scale) == float(io_encodings(model)["y"].scale)
+    assert f"| {float(handout.encodings['y'].scale):.9g} |" in page(tmp_path, handout)
 
 
 def test_scales_are_exact(tmp_path: Path) -> None:
@@ -129,12 +158,10 @@ def test_a_cache_is_tied_or_not(tmp_path: Path) -> None:
 
 
 def test_requantize_points(tmp_path: Path) -> None:
-    text = """
-        g (float[1, 4] past_key_0_in) => (float[1, 4] logits) { logits = Identity(past_key_0_in) }
-    """
+    text = "g (float[1, 4] x) => (float[1, 4] y) { h = Relu(x)  y = Identity(h) }"
     assert "Requantize" not in page(tmp_path, result(text))
-    assert "\n1 tensors are needed at two widths" in page(
-        tmp_path, result(text, logits=encoding(0.2))
+    assert "\n1 tensors are needed at two encodings" in page(
+        tmp_path, result(text, y=encoding(0.2))
     )
 
 
