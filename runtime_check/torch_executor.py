@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -135,10 +136,7 @@ class TorchExecutor:
         plan = self._plan(frozenset(wanted), frozenset(inputs))
         run = _Run(self._constant, self._literal, weights, self._device)
         for value in plan.takes:
-            tensor = self._taken(value, inputs[name_of(value)])
-            if transform is not None and value.is_graph_input() and _is_float(value, tensor):
-                tensor = transform(name_of(value), tensor)
-            run.values[name_of(value)] = tensor
+            run.values[name_of(value)] = self._taken(value, inputs[name_of(value)], transform)
         for step, last in plan.steps:
             self._run_step(step, run, transform)
             for name in last:
@@ -167,11 +165,14 @@ class TorchExecutor:
                 tensor = transform(name, tensor)  # noqa: PLW2901
             run.values[name] = tensor
 
-    def _taken(self, value: ir.Value, tensor: Tensor) -> Tensor:
+    def _taken(self, value: ir.Value, tensor: Tensor, transform: Transform | None) -> Tensor:
         dtype = tensor.dtype
         if tensor.is_floating_point() and value.dtype in (ir.DataType.FLOAT, None):
             dtype = self._dtype
-        return tensor.to(device=self._device, dtype=dtype)
+        tensor = tensor.to(device=self._device, dtype=dtype)
+        if transform is not None and value.is_graph_input() and _is_float(value, tensor):
+            return transform(name_of(value), tensor)
+        return tensor
 
     def _constant(self, value: ir.Value, dtype: torch.dtype) -> Tensor:
         """An initializer as it is in the graph now."""
@@ -393,7 +394,7 @@ def _step(node: ir.Node, dtype: torch.dtype) -> _Step:
     if operator is None:
         raise Unsupported("no such operator here")
     form = Form(node, dtype)
-    if is_standard(node) and form.version < OLDEST_OPSET:
+    if is_standard(node) and _is_old(node.op_type, form.version):
         raise Unsupported(f"opset {form.version} is older than {OLDEST_OPSET}")
     for value in node.outputs:
         if value.dtype is not None:
@@ -402,6 +403,14 @@ def _step(node: ir.Node, dtype: torch.dtype) -> _Step:
     if unread := form.unread():
         raise Unsupported(f"attribute `{unread[0]}`")
     return _Step(node, operator, kernel)
+
+
+def _is_old(op_type: str, version: int) -> bool:
+    """True where an operator changed between an opset and the first that is known here."""
+    if version >= OLDEST_OPSET or op_type == "SimplifiedLayerNormalization":  # ONNX Runtime's own
+        return False
+    first, then = (onnx.defs.get_schema(op_type, v) for v in (version, OLDEST_OPSET))
+    return bool(first.since_version != then.since_version)
 
 
 def _fault(node: ir.Node, reason: str) -> Diagnostic:

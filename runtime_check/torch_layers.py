@@ -90,12 +90,13 @@ class _Window:
 
     def shared(self, total: Sequence[int]) -> list[tuple[int, int]]:
         """Padding in all, shared between both ends; the odd one goes where ``auto_pad`` says."""
-        if self._auto == "SAME_LOWER":
-            return [(n - n // 2, n // 2) for n in total]
-        return [(n // 2, n - n // 2) for n in total]
+        if self._auto == "SAME_UPPER":
+            return [(n // 2, n - n // 2) for n in total]
+        return [(n - n // 2, n // 2) for n in total]
 
     @property
     def is_same(self) -> bool:
+        """True where the padding follows from the lengths."""
         return self._auto.startswith("SAME")
 
 
@@ -135,15 +136,17 @@ def _conv_transpose(form: Form) -> Kernel:
         strides, more = window.strides(rank), extra or [0] * rank
         dilations, none = window.dilations(rank), [0] * rank
         whole = torch.convolution(x, w, None, strides, none, dilations, True, none, groups)
-        full = [n + m for n, m in zip(whole.shape[2:], more, strict=True)]
         wanted = lengths
         if wanted is None and window.is_same:
             wanted = [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
         if wanted is None:
             cut = window.pads(x.shape[2:], w.shape[2:])
+            pads = [(-before, m - after) for (before, after), m in zip(cut, more, strict=True)]
         else:
-            cut = window.shared([f - n for f, n in zip(full, wanted, strict=True)])
-        pads = [(-before, m - after) for (before, after), m in zip(cut, more, strict=True)]
+            axes = list(zip(whole.shape[2:], more, wanted, strict=True))
+            cut = window.shared([max(n + m - want, 0) for n, m, want in axes])
+            starts = [before for before, _ in cut]
+            pads = [(-b, want + b - n) for b, (n, _, want) in zip(starts, axes, strict=True)]
         whole = _padded(whole, pads, 0.0)
         return whole if bias is None else whole + bias.reshape([-1] + [1] * rank)
 
@@ -316,7 +319,7 @@ def _rotary_embedding(form: Form) -> Kernel:
 
 
 class _Attention:
-    """Scores = Q·Kᵀ·scale, then mask, soft cap and softmax, then times V; opset 23."""
+    """Scores = Q·Kᵀ·scale, then soft cap, mask and softmax, then times V; opset 23."""
 
     def __init__(self, form: Form) -> None:
         self._causal = form.flag("is_causal")
@@ -329,8 +332,6 @@ class _Attention:
         form.only("softmax_precision", int(ir.DataType.FLOAT))
         if form.has_input(6):
             raise Unsupported("input `nonpad_kv_seqlen`")
-        if form.version > 23 and self._causal and form.has_input(4):
-            raise Unsupported("a causal mask over past keys after opset 23")
 
     def __call__(
         self,
@@ -345,32 +346,29 @@ class _Attention:
         if flat:
             query = self._split(query, self._query_heads)
             keys, values = self._split(keys, self._heads), self._split(values, self._heads)
+        past = 0
         if past_keys is not None and past_values is not None:
+            past = past_keys.shape[2]
             keys = torch.cat((past_keys, keys), dim=2)
             values = torch.cat((past_values, values), dim=2)
         groups = query.shape[1] // keys.shape[1]
         wide_keys, wide_values = (
             item.repeat_interleave(groups, dim=1) if groups > 1 else item for item in (keys, values)
         )
-        scale = self._scale or 1.0 / math.sqrt(query.shape[-1])
-        scores = (query * math.sqrt(scale)) @ (wide_keys * math.sqrt(scale)).transpose(-1, -2)
-        steps = [scores]
-        scores = self._masked(scores, mask)
-        steps.append(scores)
-        if self._cap:
-            scores = self._cap * torch.tanh(scores / self._cap)
-        steps.append(scores)
-        weights = torch.softmax(scores, dim=-1)
-        steps.append(weights)
+        scale = math.sqrt(self._scale or 1.0 / math.sqrt(query.shape[-1]))
+        scores = (query * scale) @ (wide_keys * scale).transpose(-1, -2)
+        capped = self._cap * torch.tanh(scores / self._cap) if self._cap else scores
+        masked = self._masked(capped, mask, past)
+        weights = _softmax_of_masked(masked)
         y = weights @ wide_values
         if flat:
             y = y.transpose(1, 2).flatten(2)
-        return [y, keys, values, steps[self._shown]][: self._outputs]
+        return [y, keys, values, (scores, capped, masked, weights)[self._shown]][: self._outputs]
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
-    def _masked(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+    def _masked(self, scores: Tensor, mask: Tensor | None, past: int) -> Tensor:
         if mask is not None:
             if mask.dtype is torch.bool:
                 mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
@@ -380,9 +378,15 @@ class _Attention:
             scores = scores + mask
         if self._causal:
             rows, columns = scores.shape[-2:]
-            allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril()
+            allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(past)
             scores = scores.masked_fill(~allowed, -math.inf)
         return scores
+
+
+def _softmax_of_masked(scores: Tensor) -> Tensor:
+    """A row that is masked altogether gives zeros, and no NaN in its gradient."""
+    dead = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
 
 
 # Resize
@@ -401,6 +405,8 @@ def _source_positions(mode: str, length: int, wanted: int, scale: float) -> NDAr
         case "pytorch_half_pixel":
             return (x + 0.5) / scale - 0.5 if wanted > 1 else np.zeros(wanted)
         case "align_corners":
+            if abs(length * scale - wanted) > 1e-6 * wanted:  # ONNX and its users differ on it
+                raise Unsupported("align_corners where a length is no whole number")
             return x * (length - 1) / (wanted - 1) if wanted > 1 else np.zeros(wanted)
         case "asymmetric":
             return x / scale

@@ -30,6 +30,8 @@ from qnpu.runtime_check.torch_operator import (
 )
 
 Numbers = list[Any]
+Scalar = float | Numbers
+"""A number, or a list of one."""
 
 
 # Arithmetic
@@ -108,7 +110,18 @@ def _softmax(function: Callable[..., Tensor]) -> Operator:
 
 
 def _cast(form: Form) -> Kernel:
-    wanted = ir.DataType(form.integer("to"))
+    return _cast_to(form, ir.DataType(form.integer("to")))
+
+
+def _cast_like(form: Form) -> Kernel:
+    wanted = form.input_type(1)
+    if wanted is None:
+        raise Unsupported("an operand of unknown type")
+    kernel = _cast_to(form, wanted)
+    return lambda x, like: kernel(x)
+
+
+def _cast_to(form: Form, wanted: ir.DataType) -> Kernel:
     form.only("saturate", 0, 1)  # says something of 8-bit floats alone
     carrier = torch_type(wanted, form.working)
     if wanted in (ir.DataType.INT2, ir.DataType.INT4, ir.DataType.UINT2, ir.DataType.UINT4):
@@ -209,8 +222,8 @@ def _argument(function: Callable[..., Tensor]) -> Operator:
 def _cumsum(form: Form) -> Kernel:
     exclusive, backwards = form.flag("exclusive"), form.flag("reverse")
 
-    def kernel(x: Tensor, axis: int | Numbers) -> Tensor:
-        along = axis if isinstance(axis, int) else axis[0]
+    def kernel(x: Tensor, axis: Scalar) -> Tensor:
+        along = _number(axis)
         turned = x.flip(along) if backwards else x
         total = torch.cumsum(turned, along, dtype=x.dtype)
         if exclusive:
@@ -231,6 +244,11 @@ def _lp_normalization(form: Form) -> Kernel:
 
 
 # Shapes and constants
+
+
+def _number(scalar: Scalar | None) -> Any:
+    """Zero where none is given."""
+    return scalar[0] if isinstance(scalar, list) else scalar or 0
 
 
 def _constant(form: Form) -> Kernel:
@@ -265,13 +283,13 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _range(form: Form) -> Kernel:
-    kind = torch_type(form.input_type(0), form.working)
-    form.only("stash_type", 1)
+    form.only("stash_type", int(ir.DataType.FLOAT))
 
-    def kernel(start: float, limit: float, delta: float) -> Tensor:
-        count = max(math.ceil((limit - start) / delta), 0)
-        steps = torch.arange(count, dtype=torch.float64 if kind.is_floating_point else torch.int64)
-        return (start + steps * delta).to(kind)
+    def kernel(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+        first, step = start.item(), delta.item()
+        count = max(math.ceil((limit.item() - first) / step), 0)
+        wide = torch.float64 if start.is_floating_point() else torch.int64
+        return (first + torch.arange(count, dtype=wide) * step).to(start.dtype)
 
     return kernel
 
@@ -371,7 +389,7 @@ def take(x: Tensor, axis: int, indices: Tensor) -> Tensor:
     """Slices along an axis; indices of any shape, which takes the axis's place in the result."""
     axis = normalized(axis, x.ndim)
     flat = x.index_select(axis, _wrapped(indices.reshape(-1), x.shape[axis]))
-    return flat.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return flat.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _gather(form: Form) -> Kernel:
@@ -420,8 +438,8 @@ def _scatter_nd(form: Form) -> Kernel:
 def _one_hot(form: Form) -> Kernel:
     axis = form.integer("axis", -1)
 
-    def kernel(indices: Tensor, depth: float | Numbers, values: Tensor) -> Tensor:
-        size = int(depth[0] if isinstance(depth, list) else depth)
+    def kernel(indices: Tensor, depth: Scalar, values: Tensor) -> Tensor:
+        size = int(_number(depth))
         classes = torch.arange(size, device=indices.device)
         hot = _wrapped(indices.long(), size).unsqueeze(-1) == classes
         return torch.where(hot, values[1], values[0]).movedim(-1, axis)
@@ -432,9 +450,8 @@ def _one_hot(form: Form) -> Kernel:
 def _trilu(form: Form) -> Kernel:
     function = torch.triu if form.flag("upper", True) else torch.tril
 
-    def kernel(x: Tensor, diagonal: int | Numbers | None = None) -> Tensor:
-        first = diagonal[0] if isinstance(diagonal, list) else diagonal
-        return function(x, diagonal=first or 0)
+    def kernel(x: Tensor, diagonal: Scalar | None = None) -> Tensor:
+        return function(x, diagonal=_number(diagonal))
 
     return kernel
 
@@ -456,6 +473,7 @@ def _depth_to_space(form: Form) -> Kernel:
 
 def _space_to_depth(form: Form) -> Kernel:
     b = form.integer("blocksize")
+    form.only("mode", "DCR")
 
     def kernel(x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -471,13 +489,13 @@ def _pad(form: Form) -> Kernel:
         raise Unsupported(f"`mode` = {mode}")
 
     def kernel(
-        x: Tensor, pads: Numbers, value: float | None = None, axes: Numbers | None = None
+        x: Tensor, pads: Numbers, value: Scalar | None = None, axes: Numbers | None = None
     ) -> Tensor:
         chosen = [normalized(a, x.ndim) for a in axes or range(x.ndim)]
         around = {a: (pads[i], pads[i + len(chosen)]) for i, a in enumerate(chosen)}
         if mode == "constant":
             flat = [n for a in reversed(range(x.ndim)) for n in around.get(a, (0, 0))]
-            return F.pad(x, flat, value=value or 0)
+            return F.pad(x, flat, value=_number(value))
         for axis, (before, after) in around.items():
             rows = np.arange(x.shape[axis])[max(-before, 0) : x.shape[axis] + min(after, 0)]
             rows = np.pad(rows, (max(before, 0), max(after, 0)), mode=mode)  # type: ignore[call-overload]
@@ -493,8 +511,7 @@ def _einsum(form: Form) -> Kernel:
 
 
 def _dropout(form: Form) -> Kernel:
-    form.only("ratio", 0.5)
-    form.only("seed")
+    form.integer("seed")  # of training alone
     form.one_output()
     if form.has_input(2):
         raise Unsupported("training mode")
@@ -511,6 +528,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "ArgMin": _argument(torch.argmin),
         "Atan": plain(torch.atan),
         "Cast": Operator(_cast),
+        "CastLike": Operator(_cast_like),
         "Ceil": plain(torch.ceil),
         "Clip": Operator(_clip),
         "Concat": Operator(_concat),
@@ -558,7 +576,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "PRelu": plain(_prelu),
         "Pad": Operator(_pad, parameters=(1, 2, 3)),
         "Pow": plain(_pow),
-        "Range": Operator(_range, parameters=(0, 1, 2)),
+        "Range": Operator(_range),
         "Reciprocal": plain(torch.reciprocal),
         "ReduceL1": _reduction(lambda x, axes, keep: _reduce_sum(x.abs(), axes, keep)),
         "ReduceL2": _reduction(_reduce_l2),
