@@ -12,20 +12,20 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import constant_array
-from qnpu.compiler.op_traits import layout_inputs
-from qnpu.compiler.operands import Operand
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand
 
 _ABSENT = "-"
 _GRANULARITIES = frozenset({"tensor", "channel", "block", "lpbq"})
 _UNSIGNED = frozenset({"u2", "u4", "u8", "u16"})
-# Of the operators that move codes those that need one encoding on both sides; Slice, Split and
-# Concat do not.
-_MOVERS = frozenset(
-    ["Expand", "Flatten", "Gather", "GatherElements", "MaxPool", "Reshape", "Resize", "Squeeze",
-     "Tile", "Transpose", "Unsqueeze"]
+# Hexagon passes the layout of 16-bit rows on through these, where a second operand is constant.
+_KEEP_ROWS = frozenset(
+    ["Add", "Gelu", "Gemm", "Identity", "LpNormalization", "MatMul", "RMSNormalization", "Sigmoid",
+     "SimplifiedLayerNormalization", "Slice", "Softmax", "Split", "Squeeze", "Unsqueeze"]
 )  # fmt: skip
 _WORD = re.compile(
-    r"const|var|ones|given|no-zero|alone|moved|batched|spread|pointwise|(axis|rank|block|last|value)=\d+|z=0|z!=(0|mid)"
+    r"const|var|ones|given|leaves|no-zero|batched|spread|pointwise|z=0|z!=(0|mid)"
+    r"|(axis|rank|block|value)=\d+|size=-\d:\d+\.\.\d*|(no-)?multiple=-\d:\d+"
+    r"|from=\w+(/(\d:)?\w+)*"
 )
 
 
@@ -39,11 +39,14 @@ class OperandPattern:
       output of the graph);
     - granularities: ``tensor``, ``channel``, ``block``, ``lpbq``, or ``tensor|channel`` for either;
     - ``z=0``, ``z!=0``, ``z!=mid``: zero points; ``no-zero``: the file states none;
-    - ``rank=N``, ``last=N`` (size of the last dimension), ``block=N`` (elements of one), ``axis=N``
+    - ``rank=N``, ``block=N`` (elements of one), ``axis=N``
       (of channels or blocks);
-    - ``alone``: a QuantizeLinear writes it, and one node reads it;
-    - ``moved``: an operator that moves codes made it, or reads it;
+    - ``leaves``: its codes, or those that operators which keep Hexagon's layout of rows make of
+      them, are an output of the graph;
+    - ``from=A/B/1:C``: A made it, whose first input B made, whose second input (1) C made;
     - ``batched``: dimensions before the last two hold more than one element;
+    - ``size=-K:LOW..HIGH``: of the K-th last dimension, ends included, no upper one where HIGH is
+      left out; ``multiple=-K:N``, ``no-multiple=-K:N``: it is one of N, or is not;
     - ``spread``: those from the third on do, as in a kernel wider than 1x1; ``pointwise``: they do
       not;
     - ``value=N``: a constant of one element, which is that number.
@@ -107,22 +110,63 @@ def is_number(operand: Operand, number: float) -> bool:
     return abs(real - number) <= scale / 2
 
 
-def _is_alone(operand: Operand) -> bool:
-    codes = operand.codes
-    if codes is None or codes.producer() is None or codes.is_graph_output():
-        return False
-    readers = list(codes.consumers())
-    return len(readers) == 1 and len(list(readers[0].outputs[0].uses())) == 1
+def _size(operand: Operand, subject: str) -> tuple[int, str]:
+    """ "-3:2..7" → size of the third last dimension (1 if none, 0 if unknown), "2..7"."""
+    back, _, condition = subject.partition(":")
+    shape = operand.shape
+    if shape is None:
+        return 0, condition
+    return (shape[int(back)] if -int(back) <= len(shape) else 1), condition
 
 
-def _is_moved(operand: Operand) -> bool:
-    codes = operand.codes
-    quantize = codes.producer() if codes is not None else None
-    value = quantize.inputs[0] if quantize is not None else None
-    maker = value.producer() if value is not None else None
-    readers = [] if codes is None else [node for dq in codes.consumers() for node in _users(dq)]
-    nodes = readers if maker is None else [maker, *readers]
-    return any(node.op_type in _MOVERS and layout_inputs(node) for node in nodes)
+def _in_range(size: int, ends: str) -> bool:
+    low, _, high = ends.partition("..")
+    return size >= int(low) and (not high or size <= int(high))
+
+
+def _is_multiple(size: int, of: str) -> bool:
+    return size % int(of) == 0
+
+
+def _leaves(operand: Operand) -> bool:
+    return operand.codes is not None and _codes_leave(operand.codes)
+
+
+def _codes_leave(codes: ir.Value) -> bool:
+    """The codes are a graph output, or what operators that keep the layout of rows make of them."""
+    if codes.is_graph_output():
+        return True
+    readers = [user for dequantize in codes.consumers() for user in _users(dequantize)]
+    quantizes = [reader for reader in readers if reader.op_type == QUANTIZE]
+    for reader in readers:
+        if reader.op_type in _KEEP_ROWS and _others_are_constant(reader):
+            quantizes += [user for user in _users(reader) if user.op_type == QUANTIZE]
+    return any(_codes_leave(quantize.outputs[0]) for quantize in quantizes)
+
+
+def _others_are_constant(node: ir.Node) -> bool:
+    return all(value is None or input_operand(value).constant for value in node.inputs[1:])
+
+
+def _comes_from(operand: Operand, path: str) -> bool:
+    """ "Softmax/MatMul/1:Transpose": made by a Softmax of a MatMul by something transposed."""
+    first, *steps = path.split("/")
+    node = _maker(operand.value)
+    found = node is not None and node.op_type == first
+    for step in steps:
+        index, _, op_type = step.rpartition(":")
+        node = _maker(node.inputs[int(index or 0)]) if node is not None else None
+        found = found and node is not None and node.op_type == op_type
+    return found
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    """The node that computed a value, behind the pairs that say how it is held."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in (QUANTIZE, DEQUANTIZE):
+        source = node.inputs[0]
+        node = source.producer() if source is not None else None
+    return node
 
 
 def _users(node: ir.Node) -> list[ir.Node]:
@@ -135,12 +179,14 @@ _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "ones": lambda operand, _: _is_all_ones(operand.value),
     "given": lambda operand, _: _crosses_border(operand.codes),
     "no-zero": lambda operand, _: not operand.has_zero_point,
-    "alone": lambda operand, _: _is_alone(operand),
-    "moved": lambda operand, _: _is_moved(operand),
+    "leaves": lambda operand, _: _leaves(operand),
+    "from": _comes_from,
     "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,
     "spread": lambda operand, _: _elements(operand, slice(2, None)) > 1,
     "pointwise": lambda operand, _: _elements(operand, slice(2, None)) == 1,
-    "last": lambda operand, number: _elements(operand, slice(-1, None)) == int(number),
+    "size": lambda operand, subject: _in_range(*_size(operand, subject)),
+    "multiple": lambda operand, subject: _is_multiple(*_size(operand, subject)),
+    "no-multiple": lambda operand, subject: not _is_multiple(*_size(operand, subject)),
     "axis": lambda operand, number: operand.axis == int(number),
     "rank": lambda operand, number: operand.rank == int(number),
     "block": lambda operand, number: operand.block == int(number),

@@ -164,12 +164,17 @@ class OpRule(_Table):
         encodings: ``same`` or ``differ``: first input against every output; ``scale-differs``
             where it is not the zero point alone.
         types: ``same`` or ``differ``: the types of all inputs and outputs.
-        all_encodings: as ``encodings``, over all quantized variable inputs and outputs.
+        all_encodings: as ``encodings``, over all quantized inputs and outputs.
         batch: ``outer-differs``: the first two inputs differ in their outermost dimension.
+        shapes: ``same``: the first two inputs have one shape.
+        broadcast: an input that has fewer elements than the result, and more than one.
+        merged: ``scale-differs``: ONNX Runtime makes one pair of the first input's and the
+            output's, with a scale that a neighbour which only moves codes has not.
         rank_above: some input or output has a higher rank.
         rank_below: every input and output has a lower rank.
         attributes: name → values that fit; ``last`` stands for the last axis, ``absent`` for an
-            attribute that is not given, ``not-one`` for any value but 1.
+            attribute that is not given, ``not-one`` for any value but 1, ``channels`` for a
+            permutation that takes the channels to the end or back.
         unless_forced: the output encoding differs from these numbers.
         island: the row speaks of nodes with a float input or output; others never fit these.
         min_arch, max_arch: architectures the row speaks of.
@@ -191,6 +196,9 @@ class OpRule(_Table):
     types: Literal["", "same", "differ"] = ""
     all_encodings: Literal["", "same", "differ"] = ""
     batch: Literal["", "outer-differs"] = ""
+    shapes: Literal["", "same"] = ""
+    broadcast: int | None = None
+    merged: Literal["", "scale-differs"] = ""
     rank_above: int | None = None
     rank_below: int | None = None
     attributes: dict[str, tuple[int | float | str, ...]] = {}

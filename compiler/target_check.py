@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from qnpu.compiler.merged_pairs import merge_splits_a_move
 from qnpu.compiler.op_traits import is_float, is_parameter
 from qnpu.compiler.operand_pattern import pattern_of
 from qnpu.compiler.operands import Operand, Operation, operations
@@ -192,6 +195,30 @@ def _batch(rule: OpRule, operation: Operation) -> bool:
     return first != second
 
 
+def _shapes(rule: OpRule, operation: Operation) -> bool:
+    if not rule.shapes:
+        return True
+    shapes = [operand.shape for operand in operation.present[:2]]
+    return None not in shapes and len(shapes) == 2 and shapes[0] == shapes[1]
+
+
+def _broadcast(rule: OpRule, operation: Operation) -> bool:
+    if rule.broadcast is None:
+        return True
+    operand = operation.inputs[rule.broadcast]
+    whole = operation.outputs[0].shape
+    if operand is None or operand.shape is None or whole is None:
+        return False
+    return 1 < math.prod(operand.shape) < math.prod(whole)
+
+
+def _merged(rule: OpRule, operation: Operation) -> bool:
+    if not rule.merged:
+        return True
+    first = operation.inputs[0] if operation.inputs else None
+    return first is not None and merge_splits_a_move(first, operation.outputs[0])
+
+
 def _rank_above(rule: OpRule, operation: Operation) -> bool:
     rank = operation.rank
     return rule.rank_above is None or (rank is not None and rank > rule.rank_above)
@@ -218,11 +245,23 @@ def _attribute_fits(
     if "not-one" in allowed:
         return bool(value != 1)
     if isinstance(value, list | tuple):
+        if "channels" in allowed and _moves_channels(value):
+            return True
         return all(item in allowed for item in value)
     first = operation.inputs[0] if operation.inputs else None
     if "last" in allowed and first is not None and first.rank is not None:
         return value in (-1, first.rank - 1) or value in allowed
     return value in allowed
+
+
+def _moves_channels(permutation: Sequence[int]) -> bool:
+    """Channels from the second dimension to the last, or back."""
+    order = list(range(len(permutation)))
+    to_last = [*order[:1], *order[2:], *order[1:2]]
+    return len(order) > 2 and list(permutation) in (
+        to_last,
+        [*order[:1], *order[-1:], *order[1:-1]],
+    )
 
 
 def _unless_forced(rule: OpRule, operation: Operation) -> bool:
@@ -249,6 +288,9 @@ _CONDITIONS = (
     _types,
     _all_encodings,
     _batch,
+    _shapes,
+    _broadcast,
+    _merged,
     _rank_above,
     _rank_below,
     _attributes,

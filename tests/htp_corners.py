@@ -50,22 +50,62 @@ def _converted() -> Case:
     return Case("Convert/u16->u8", steps)
 
 
-def _changed(behind: bool) -> Case:
-    """A change of encoding in front of a Reshape, to a wider range, or behind it, to a narrower."""
-    before, after = y("u8"), y("u8", scale=0.03)
-    if behind:
+def _changed(behind: bool, wider: bool, dtype: str = "u8") -> Case:
+    """A change of encoding in front of a Reshape, or behind it, to a wider range or a narrower."""
+    before, after = y(dtype), y(dtype, scale=0.03)
+    if not wider:
         before, after = after, before
     reshape = Step("Reshape", ((0 if behind else 1, 0), ints(4, 8)), (before if behind else after,))
     change = Step("Identity", ((1 if behind else 0, 0),), (after,))
     middle = (reshape, change) if behind else (change, reshape)
-    steps = (Step("Abs", (x("u8", 2, 16),), (before,)), *middle, Step("Abs", ((2, 0),), (after,)))
-    return Case(f"Identity/{'behind' if behind else 'before'}/Reshape", steps)
+    source = x(dtype, 2, 16)
+    steps = (Step("Relu", (source,), (before,)), *middle, Step("Relu", ((2, 0),), (after,)))
+    place, range_ = "behind" if behind else "before", "wider" if wider else "narrower"
+    return Case(f"Identity/{dtype}/{place}/Reshape/{range_}", steps)
 
 
-def _rms(io: str, batch: int) -> Case:
-    operands = [x("s16", batch, 8, 32), const("s16", 32)]
-    name = f"RMSNormalization/s16/{io}/batch{batch}"
+def _rms(io: str, batch: int, rows: int = 8) -> Case:
+    operands = [x("s16", batch, rows, 32), const("s16", 32)]
+    name = f"RMSNormalization/s16/{io}/{batch}x{rows}"
     return single(name, "RMSNormalization", operands, y("s16"), opset=23, io=io, axis=-1)
+
+
+def _behind_rms(op: str, *more: Operand) -> Case:
+    """A batch of s16 that leaves the graph by way of another operator."""
+    norm = Step("RMSNormalization", (x("s16", 4, 8, 32), const("s16", 32)), (y("s16"),))
+    step = Step(op, ((0, 0), *more), (y("s16"),))
+    return Case(f"RMSNormalization/s16→{op}+{len(more)}/int", (norm, step), 23, "int")
+
+
+def _transpose(io: str, *perm: int) -> Case:
+    operand = x("u8", 2, 3, 4, 5)
+    return single(f"Transpose/{io}/{perm}", "Transpose", [operand], y("u8"), io=io, perm=[*perm])
+
+
+def _attention(rows: int, transposed: bool = True, heads: int = 2) -> Case:
+    """softmax(q @ kᵀ) @ v in s8, of codes that enter and leave the graph."""
+    q, v = x("s8", heads, rows, 16), x("s8", heads, rows, 16)
+    turn = Step("Transpose", (x("s8", heads, rows, 16),), (y("s8"),), {"perm": [0, 2, 1]})
+    first = [turn] if transposed else []
+    keys = (0, 0) if transposed else x("s8", heads, 16, rows)
+    at = len(first)
+    steps = (
+        *first,
+        Step("MatMul", (q, keys), (y("s8"),)),
+        Step("Softmax", ((at, 0),), (y("s8"),)),
+        Step("MatMul", ((at + 1, 0), v), (y("s8"),)),
+    )
+    return Case(f"attention/s8/{heads}x{rows}/{transposed}", steps, 21, "int")
+
+
+def _select(dtype: str, *shapes: tuple[int, ...], io: str = "int") -> Case:
+    operands = [Operand("bool", (8, 16)), *(x(dtype, *shape) for shape in shapes)]
+    return single(f"Where/{dtype}/{shapes}/{io}", "Where", operands, y(dtype), io=io)
+
+
+def _extreme(dtype: str, scale: float, *shape: int) -> Case:
+    operands = [x(dtype, 2, 12), const(dtype, *shape)]
+    return single(f"Min/{dtype}/{shape}/{scale}", "Min", operands, y(dtype, scale=scale))
 
 
 def _batched(io: str) -> Case:
@@ -110,7 +150,8 @@ def corner_cases() -> list[tuple[Case, str]]:
     """Each with what the real compiler says on v75; what is silently changed counts as its int."""
     wide_kernel = const("s4", 4, 32, 3, 3, granularity="block", axis=1, block=16)
     wrong_axis = const("s8", 16, 8, 3, 3, granularity="channel", axis=0)
-    image = x("u8", 1, 16, 8, 8)
+    blocks = const("s8", 16, 8, 3, 3, granularity="block", axis=0, block=16)
+    image, five = x("u8", 1, 16, 8, 8), (1, 2, 3, 4, 8)
     moved, ids = y("u16", zero_point=5), Operand("i32", (1, 8))
     return [
         (single("Gather/zero", "Gather", [x("u16", 5, 8), ints(1, 2)], moved), REJECT),
@@ -125,16 +166,47 @@ def corner_cases() -> list[tuple[Case, str]]:
         (single("Pow/u16^2", "Pow", [x("u16", 4, 8), floats(2.0)], y("u16")), FLOAT),
         (_rotary(), FLOAT),
         (_converted(), INT),
-        (_changed(behind=False), FLOAT),
-        (_changed(behind=True), FLOAT),
+        (_changed(behind=False, wider=True), FLOAT),
+        (_changed(behind=False, wider=False), INT),
+        (_changed(behind=True, wider=True), INT),
+        (_changed(behind=True, wider=False), FLOAT),
+        (_changed(behind=False, wider=False, dtype="u16"), FLOAT),
+        (_transpose("int", 0, 3, 1, 2), REJECT),
+        (_transpose("int", 0, 2, 3, 1), REJECT),
+        (_transpose("int", 0, 2, 1, 3), INT),
+        (_transpose("float", 0, 3, 1, 2), INT),
+        (_attention(8), REJECT),
+        (_attention(17), REJECT),
+        (_attention(24), INT),
+        (_attention(8, transposed=False), INT),
+        (_attention(8, heads=1), INT),
+        (_select("s16", (8, 16), (16,)), REJECT),
+        (_select("s16", (16,), (8, 16)), REJECT),
+        (_select("s16", (8, 16), ()), INT),
+        (_select("s16", (8, 16), (16,), io="float"), INT),
+        (_select("s8", (8, 16), (16,)), INT),
+        (_select("s8", (16,), (8, 16)), REJECT),
+        (_extreme("s8", 0.0, 2, 12), REJECT),
+        (_extreme("s8", 0.03, 2, 12), INT),
+        (_extreme("s8", 0.0, 12), INT),
+        (_extreme("u16", 0.0, 2, 12), INT),
         (_rms("float", 4), INT),
         (_rms("int", 4), REJECT),
         (_rms("int", 1), INT),
+        (_rms("int", 8), INT),
+        (_rms("int", 4, rows=9), INT),
+        (_behind_rms("MatMul", weight("s4", "channel", 32, 16)), REJECT),
+        (_behind_rms("Sigmoid"), REJECT),
+        (_behind_rms("Relu"), INT),
+        (_behind_rms("Add", const("s16", 32)), REJECT),
+        (_behind_rms("Add", x("s16", 4, 8, 32)), INT),
         (_layer_norm("u16", const("u16", 32)), INT),
         (_layer_norm("u16/zero", const("u16", 32, zero_point=0)), REJECT),
         (_layer_norm("u16->u8", const("u16", 32), "u8"), REJECT),
         (single("Conv/block/3x3", "Conv", [x("u16", 1, 32, 8, 8), wide_kernel], y("u16")), REJECT),
         (single("ConvTranspose/axis0", "ConvTranspose", [image, wrong_axis], y("u8")), REJECT),
+        (single("ConvTranspose/block", "ConvTranspose", [image, blocks], y("u8")), REJECT),
+        (single("Min/rank5", "Min", [x("u8", *five), x("u16", *five)], y("u8")), REJECT),
         (_gemm(0), INT),
         (_gemm(1), INT),
         (_softmax("s16", 4), INT),

@@ -7,28 +7,13 @@ other, as in real graphs, and some do not. Case ``i`` of a seed is the same howe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from tests.qdq_cases import (
-    ACTIVATIONS,
-    SCALES,
-    WEIGHTS,
-    Case,
-    Operand,
-    Shape,
-    Step,
-    bias,
-    code_range,
-    const,
-    floats,
-    ints,
-    single,
-    y,
-)  # fmt: skip
-
-_T = TypeVar("_T")
+from tests.htp_draw import Chain, Draw, forced
+from tests.htp_random_decoders import DECODERS
+from tests.qdq_cases import Case, Operand, Step, bias, const, floats, ints, single, y
 
 _UNARY = (
     "Sigmoid", "Tanh", "Relu", "Gelu", "Neg", "Abs", "Sqrt", "Exp", "Log", "Reciprocal", "Erf",
@@ -43,106 +28,17 @@ _COMPARE = ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual")
 def random_cases(seed: int, count: int) -> Iterator[Case]:
     """``count`` cases, named "seed/index/family"."""
     for index in range(count):
-        draw = _Draw(random.Random(f"{seed}/{index}"))
+        draw = Draw(random.Random(f"{seed}/{index}"))
         family = draw.random.choices(list(_FAMILIES), weights=list(_FAMILIES.values()))[0]
         case = family(draw)
-        io = "int" if draw.chance(0.15) else "float"
+        io = "int" if draw.chance(0.4 if family in DECODERS else 0.15) else "float"
         yield replace(case, name=f"{seed}/{index}/{case.name}", io=io)
-
-
-class _Draw:
-    """A source of chance with the questions that the families ask."""
-
-    def __init__(self, source: random.Random) -> None:
-        self.random = source
-
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def one(self, options: Sequence[_T]) -> _T:
-        return self.random.choice(options)
-
-    def dtype(self) -> str:
-        return self.random.choices(ACTIVATIONS, weights=(3, 2, 4, 2))[0]
-
-    def like(self, dtype: str, probability: float = 0.85) -> str:
-        """Mostly the same type."""
-        return dtype if self.chance(probability) else self.dtype()
-
-    def shape(self, low: int = 1, high: int = 6) -> Shape:
-        lead = [self.one((1, 2, 3, 4, 5, 8)) for _ in range(self.random.randint(low, high) - 1)]
-        return (*lead, 1 if self.chance(0.03) else self.one((4, 8, 12, 16, 32)))
-
-    def operand(self, dtype: str, shape: Shape, const_too: bool = False) -> Operand:
-        """A graph input, or now and then a constant."""
-        constant = const_too and self.chance(0.3)
-        return Operand(
-            dtype, shape, const=constant, scale=self.scale(dtype), zero_point=self.zero(dtype)
-        )
-
-    def result(self, dtype: str) -> Operand:
-        return y(dtype, scale=self.scale(dtype), zero_point=self.zero(dtype))
-
-    def scale(self, dtype: str) -> float:
-        return SCALES[dtype] * self.one((0.5, 1.0, 1.0, 2.0, 0.73))
-
-    def zero(self, dtype: str) -> int | None:
-        """Mostly the middle."""
-        if self.chance(0.7):
-            return None
-        low, high = code_range(dtype)
-        return self.one((0, low, (low + 3 * high) // 4, (low + high) // 2 + 7))
-
-    def same(self, operand: Operand) -> Operand:
-        """A result in an operand's encoding, or now and then in another one of some type."""
-        if self.chance(0.75):
-            return y(operand.dtype, scale=operand.scale, zero_point=operand.zero_point)
-        return self.result(self.like(operand.dtype, 0.8))
-
-    def weight(self, shape: Shape, channel: int, blocks: int, dtype: str = "") -> Operand:
-        """A constant with its output channels and its summed dimension at the axes given."""
-        dtype = dtype or self.one(WEIGHTS)
-        zero = None if dtype[0] == "u" or self.chance(0.85) else self.one((1, 3))
-        kind = self.random.choices(
-            ("tensor", "channel", "block", "lpbq", "wrong"), weights=(6, 8, 2, 2, 1)
-        )[0]
-        if kind in {"block", "lpbq"} and len(shape) >= 2 and shape[blocks] % 16 == 0:
-            size = self.one((16, 32)) if shape[blocks] % 32 == 0 else 16
-            return const(dtype, *shape, granularity=kind, axis=blocks, block=size, zero_point=zero)
-        if kind == "tensor" or len(shape) < 2:
-            explicit = dtype[0] == "u" or self.chance(0.8) or zero is not None
-            return const(dtype, *shape, zero_point=zero, explicit_zero=explicit)
-        axis = blocks if kind == "wrong" else channel
-        return const(dtype, *shape, granularity="channel", axis=axis, zero_point=zero)
-
-    def sensible_weight(self, act: str, shape: Shape, channel: int) -> Operand:
-        """One that the NPU multiplies this activation type with."""
-        kinds = {
-            "u8": ("s8", "s4", "u8"),
-            "s8": ("s8",),
-            "u16": ("s8", "s4", "u8"),
-            "s16": ("s8", "s4"),
-        }
-        granularity = self.one(("channel", "tensor")) if len(shape) == 2 else "channel"
-        return const(self.one(kinds[act]), *shape, granularity=granularity, axis=channel)
-
-    def bias(self, act: Operand, weight: Operand, size: int) -> list[Operand]:
-        """None, a proper s32 one, or another type or scale."""
-        kind = self.random.choices(
-            ("none", "s32", "s32 other scale", "f32", "other"), weights=(5, 8, 1, 1, 1)
-        )[0]
-        if kind == "none":
-            return []
-        if kind == "other":
-            return [const(self.dtype(), size)]
-        plain = weight if weight.granularity == "channel" else replace(weight, granularity="tensor")
-        return [bias(act, plain, size, kind.split()[0], factor=2.0 if "other" in kind else 1.0)]
 
 
 # ------------------------------------------------------------------------------ single operations
 
 
-def _matmul_const(draw: _Draw) -> Case:
+def _matmul_const(draw: Draw) -> Case:
     dtype, k, n = draw.dtype(), draw.one((16, 32, 64, 96)), draw.one((8, 16, 48))
     lead = draw.shape(1, 6)[:-1]
     act = draw.operand(dtype, (*lead, k))
@@ -153,7 +49,7 @@ def _matmul_const(draw: _Draw) -> Case:
     return single("MatMul_const", "MatMul", [act, w], draw.result(draw.like(dtype)))
 
 
-def _matmul_dynamic(draw: _Draw) -> Case:
+def _matmul_dynamic(draw: Draw) -> Case:
     a = draw.dtype()
     m, k, n = (draw.one((1, 4, 8, 16)) for _ in range(3))
     lead = draw.shape(1, 5)[:-1]
@@ -162,7 +58,7 @@ def _matmul_dynamic(draw: _Draw) -> Case:
     return single("MatMul_dyn", "MatMul", [left, right], draw.result(draw.like(a)))
 
 
-def _gemm(draw: _Draw) -> Case:
+def _gemm(draw: Draw) -> Case:
     dtype, m, k, n = draw.dtype(), draw.one((1, 4, 8)), draw.one((16, 32, 64)), draw.one((8, 24))
     trans_b = int(draw.chance(0.7))
     act = draw.operand(dtype, (m, k))
@@ -174,7 +70,7 @@ def _gemm(draw: _Draw) -> Case:
     return single("Gemm", "Gemm", inputs, draw.result(draw.like(dtype)), **attributes)
 
 
-def _conv(draw: _Draw) -> Case:
+def _conv(draw: Draw) -> Case:
     dtype, c, n = draw.dtype(), draw.one((8, 16, 32)), draw.one((4, 16))
     dims = draw.random.choices((1, 2, 3), weights=(2, 8, 1))[0]
     size = draw.one((1, 3))
@@ -195,24 +91,16 @@ def _conv(draw: _Draw) -> Case:
     return single(op, op, inputs, draw.result(draw.like(dtype)), **attributes)
 
 
-def _unary(draw: _Draw) -> Case:
+def _unary(draw: Draw) -> Case:
     op, dtype = draw.one(_UNARY), draw.dtype()
     operand = draw.operand(dtype, draw.shape())
     result = draw.result(draw.like(dtype, 0.9))
     if op in {"Sigmoid", "Tanh"} and draw.chance(0.5):
-        result = _forced(op, dtype)
+        result = forced(op, dtype)
     return single(op, op, [operand], result)
 
 
-def _forced(op: str, dtype: str) -> Operand:
-    """The encoding that covers the function's range."""
-    bits = int(dtype[1:])
-    if op == "Tanh" or dtype[0] == "s":
-        return y(dtype, scale=2.0 ** (1 - bits))
-    return y(dtype, scale=2.0**-bits, zero_point=0)
-
-
-def _binary(draw: _Draw) -> Case:
+def _binary(draw: Draw) -> Case:
     op, a = draw.one(_BINARY), draw.dtype()
     shape = draw.shape()
     other = draw.one(
@@ -228,14 +116,14 @@ def _binary(draw: _Draw) -> Case:
     )
 
 
-def _softmax(draw: _Draw) -> Case:
+def _softmax(draw: Draw) -> Case:
     op, dtype, shape = draw.one(("Softmax", "Softmax", "LogSoftmax")), draw.dtype(), draw.shape()
     axis = -1 if draw.chance(0.7) else draw.random.randrange(len(shape))
-    result = _forced("Sigmoid", dtype) if draw.chance(0.5) else draw.result(draw.like(dtype))
+    result = forced("Sigmoid", dtype) if draw.chance(0.5) else draw.result(draw.like(dtype))
     return single(op, op, [draw.operand(dtype, shape)], result, axis=axis)
 
 
-def _norm(draw: _Draw) -> Case:
+def _norm(draw: Draw) -> Case:
     op = draw.one(
         ("RMSNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
          "LayerNormalization", "LpNormalization")
@@ -259,7 +147,7 @@ def _norm(draw: _Draw) -> Case:
     return single(op, op, inputs, result, axis=axis, opset=opset)
 
 
-def _move(draw: _Draw) -> Case:
+def _move(draw: Draw) -> Case:
     """Reshape, Transpose and their kin."""
     op = draw.one(
         ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Slice",
@@ -307,7 +195,7 @@ def _move(draw: _Draw) -> Case:
     return single(op, op, inputs, draw.same(operand), **attributes)
 
 
-def _gather(draw: _Draw) -> Case:
+def _gather(draw: Draw) -> Case:
     op = draw.one(
         ("Gather", "Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements")
     )
@@ -334,7 +222,7 @@ def _gather(draw: _Draw) -> Case:
     return single(op, op, [table, indices, updates], draw.same(table), axis=0)
 
 
-def _reduce(draw: _Draw) -> Case:
+def _reduce(draw: Draw) -> Case:
     op, dtype, shape = draw.one(_REDUCE), draw.dtype(), draw.shape()
     count = 1 if draw.chance(0.7) else min(2, len(shape))
     axes = draw.random.sample(range(len(shape)), count)
@@ -346,7 +234,7 @@ def _reduce(draw: _Draw) -> Case:
     return single(op, op, [operand, ints(*sorted(axes))], result, keepdims=keep)
 
 
-def _choose(draw: _Draw) -> Case:
+def _choose(draw: Draw) -> Case:
     """Comparisons, Where, ArgMax, Clip, Pow, PRelu, TopK."""
     op = draw.one(("Where", "Where", "ArgMax", "Clip", "Pow", "PRelu", "TopK", *_COMPARE[:2]))
     dtype, shape = draw.dtype(), draw.shape()
@@ -376,7 +264,7 @@ def _choose(draw: _Draw) -> Case:
     return single(op, op, [operand, *more], result)
 
 
-def _pool(draw: _Draw) -> Case:
+def _pool(draw: Draw) -> Case:
     op = draw.one(("MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "BatchNormalization",
                    "InstanceNormalization"))  # fmt: skip
     dtype = draw.dtype()
@@ -400,26 +288,8 @@ def _pool(draw: _Draw) -> Case:
 # ------------------------------------------------------------------------------------------ chains
 
 
-class _Chain:
-    """Steps that follow each other, and the shapes of what they give."""
-
-    def __init__(self, draw: _Draw) -> None:
-        self.draw = draw
-        self.steps: list[Step] = []
-        self.opset = 21
-
-    def add(
-        self, op: str, inputs: list[Operand | tuple[int, int] | None], result: Operand, **more: Any
-    ) -> tuple[int, int]:
-        self.steps.append(Step(op, tuple(inputs), (result,), more))
-        return len(self.steps) - 1, 0
-
-    def case(self, name: str) -> Case:
-        return Case(name, tuple(self.steps), opset=self.opset)
-
-
-def _fc_add_softmax(draw: _Draw) -> Case:
-    chain, dtype = _Chain(draw), draw.dtype()
+def _fc_add_softmax(draw: Draw) -> Case:
+    chain, dtype = Chain(draw), draw.dtype()
     act = draw.operand(dtype, (1, 8, 32))
     scores = chain.add(
         "MatMul", [act, draw.sensible_weight(dtype, (32, 16), 1)], draw.result(dtype)
@@ -428,13 +298,13 @@ def _fc_add_softmax(draw: _Draw) -> Case:
     total = chain.add(
         "Add", [scores, draw.operand(mask_dtype, (1, 8, 16), True)], draw.result(dtype)
     )
-    last = _forced("Sigmoid", dtype) if draw.chance(0.6) else draw.result(draw.like(dtype))
+    last = forced("Sigmoid", dtype) if draw.chance(0.6) else draw.result(draw.like(dtype))
     chain.add("Softmax", [total], last, axis=draw.one((-1, -1, 1)))
     return chain.case("fc-add-softmax")
 
 
-def _residual_norm(draw: _Draw) -> Case:
-    chain, dtype = _Chain(draw), draw.one(("u16", "u16", "u8", "s16"))
+def _residual_norm(draw: Draw) -> Case:
+    chain, dtype = Chain(draw), draw.one(("u16", "u16", "u8", "s16"))
     chain.opset = 23
     shape = draw.shape(2, 5)
     left = draw.operand(dtype, shape, False)
@@ -447,13 +317,13 @@ def _residual_norm(draw: _Draw) -> Case:
     return chain.case("residual-norm")
 
 
-def _silu_mul(draw: _Draw) -> Case:
-    chain, dtype = _Chain(draw), draw.dtype()
+def _silu_mul(draw: Draw) -> Case:
+    chain, dtype = Chain(draw), draw.dtype()
     shape = draw.shape(2, 5)
     gate = replace(draw.operand(dtype, shape), tag="gate")
-    forced = draw.chance(0.6)
+    covers = draw.chance(0.6)
     sigmoid = chain.add(
-        "Sigmoid", [gate], _forced("Sigmoid", dtype) if forced else draw.result(dtype)
+        "Sigmoid", [gate], forced("Sigmoid", dtype) if covers else draw.result(dtype)
     )
     silu = chain.add("Mul", [gate, sigmoid], draw.result(draw.like(dtype, 0.9)))
     up = draw.operand(draw.like(dtype, 0.9), shape)
@@ -461,8 +331,8 @@ def _silu_mul(draw: _Draw) -> Case:
     return chain.case("silu-mul")
 
 
-def _attention(draw: _Draw) -> Case:
-    chain, dtype = _Chain(draw), draw.one(("u16", "u16", "u8", "s8", "s16"))
+def _attention(draw: Draw) -> Case:
+    chain, dtype = Chain(draw), draw.one(("u16", "u16", "u8", "s8", "s16"))
     lead = draw.one(((1, 2), (2,), (1, 2, 2)))
     kv = draw.one(("u8", "s8", "s16", dtype))
     q, k, v = (draw.operand(t, (*lead, 8, 16)) for t in (dtype, kv, kv))
@@ -475,17 +345,17 @@ def _attention(draw: _Draw) -> Case:
     if draw.chance(0.7):
         mask = draw.operand(draw.like(dtype, 0.9), (8, 8), True)
         scores = chain.add("Add", [scores, mask], draw.result(dtype))
-    forced = draw.chance(0.7)
+    covers = draw.chance(0.7)
     weights = chain.add(
-        "Softmax", [scores], _forced("Sigmoid", dtype) if forced else draw.result(dtype)
+        "Softmax", [scores], forced("Sigmoid", dtype) if covers else draw.result(dtype)
     )
     chain.add("MatMul", [weights, v], draw.result(draw.like(dtype, 0.9)))
     return chain.case("attention")
 
 
-def _rotary(draw: _Draw) -> Case:
+def _rotary(draw: Draw) -> Case:
     """x·cos + (−x₂, x₁)·sin on halves."""
-    chain, dtype = _Chain(draw), draw.dtype()
+    chain, dtype = Chain(draw), draw.dtype()
     lead = draw.one(((1, 2, 4), (2, 4), (1, 2, 2, 4)))
     source = replace(draw.operand(dtype, (*lead, 8)), tag="x")
     keep = y(dtype, scale=source.scale, zero_point=source.zero_point)
@@ -504,9 +374,9 @@ def _rotary(draw: _Draw) -> Case:
     return chain.case("rotary")
 
 
-def _convert(draw: _Draw) -> Case:
+def _convert(draw: Draw) -> Case:
     """A change of type or encoding between two operations."""
-    chain, a, b = _Chain(draw), draw.dtype(), draw.dtype()
+    chain, a, b = Chain(draw), draw.dtype(), draw.dtype()
     shape = draw.shape(1, 5)
     first = chain.add(
         draw.one(("Relu", "Sigmoid", "Sqrt")), [draw.operand(a, shape)], draw.result(a)
@@ -519,8 +389,8 @@ def _convert(draw: _Draw) -> Case:
     return chain.case("convert")
 
 
-def _conv_block(draw: _Draw) -> Case:
-    chain, dtype = _Chain(draw), draw.one(("u8", "s8", "u16"))
+def _conv_block(draw: Draw) -> Case:
+    chain, dtype = Chain(draw), draw.one(("u8", "s8", "u16"))
     act = draw.operand(dtype, (1, 8, 8, 8))
     w = draw.sensible_weight(dtype, (8, 8, 3, 3), 0)
     inputs: list[Operand | tuple[int, int] | None] = [act, w, bias(act, w, 8)]
@@ -536,9 +406,9 @@ def _conv_block(draw: _Draw) -> Case:
     return chain.case("conv-block")
 
 
-def _walk(draw: _Draw) -> Case:
+def _walk(draw: Draw) -> Case:
     """Two to four operations of one type that keep the shape or move it."""
-    chain, dtype = _Chain(draw), draw.dtype()
+    chain, dtype = Chain(draw), draw.dtype()
     shape = draw.shape(2, 5)
     value: Operand | tuple[int, int] = draw.operand(dtype, shape)
     encoding = y(dtype, scale=value.scale, zero_point=value.zero_point)  # type: ignore[union-attr]
@@ -570,9 +440,9 @@ def _walk(draw: _Draw) -> Case:
     return chain.case("walk")
 
 
-_FAMILIES: dict[Callable[[_Draw], Case], int] = {
+_FAMILIES: dict[Callable[[Draw], Case], int] = {
     _matmul_const: 14, _matmul_dynamic: 8, _gemm: 7, _conv: 10, _unary: 9, _binary: 11,
     _softmax: 5, _norm: 9, _move: 11, _gather: 5, _reduce: 5, _choose: 6, _pool: 4,
     _fc_add_softmax: 3, _residual_norm: 4, _silu_mul: 3, _attention: 5, _rotary: 2, _convert: 3,
-    _conv_block: 3, _walk: 5,
+    _conv_block: 3, _walk: 5, **DECODERS,
 }  # fmt: skip

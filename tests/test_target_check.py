@@ -70,6 +70,9 @@ def verdict(text: str, target: TargetProfile) -> Verdict:
         ({"ops": ["Relu"], "encodings": "same"}, True, False),
         ({"ops": ["Relu"], "encodings": "differ"}, False, True),
         ({"ops": ["Relu"], "all_encodings": "same"}, True, False),
+        ({"ops": ["Relu"], "shapes": "same"}, False, False),
+        ({"ops": ["Relu"], "broadcast": 0}, False, False),
+        ({"ops": ["Relu"], "merged": "scale-differs"}, False, False),
         ({"ops": ["Relu"], "types": "same"}, True, True),
         ({"ops": ["Relu"], "types": "differ"}, False, False),
         ({"ops": ["Relu"], "rank_above": 1}, True, True),
@@ -96,6 +99,32 @@ def test_attributes_of_a_node() -> None:
     for allowed, fits in (([1], True), ([0], False), (["last"], True), (["not-one"], False)):
         target = profile({"ops": ["Softmax"], "attributes": {"axis": allowed}}, unmatched="float")
         assert (verdict(softmax, target) is Verdict.INT) == fits
+
+
+@pytest.mark.parametrize(
+    ("other", "same", "broadcast"),
+    [("float[2, 4]", True, False), ("float[4]", False, True), ("float[1]", False, False)],
+)
+def test_shapes_of_two_operands(other: str, same: bool, broadcast: bool) -> None:
+    add = RELU.replace("float[2, 4] x)", f"float[2, 4] x, {other} o)").replace(
+        "p = Relu(xd)",
+        "oq = QuantizeLinear(o, s, z) od = DequantizeLinear(oq, s, z) p = Add(xd, od)",
+    )
+    for condition, fits in (({"shapes": "same"}, same), ({"broadcast": 1}, broadcast)):
+        target = profile({"ops": ["Add"], **condition}, unmatched="float")
+        model = parse(add)
+        common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
+        assert (check_target(model, target).verdict is Verdict.INT) == fits
+
+
+def test_a_permutation_of_channels() -> None:
+    target = profile(
+        {"ops": ["Transpose"], "attributes": {"perm": ["channels"]}}, unmatched="float"
+    )
+    for perm, fits in (("0, 2, 1", True), ("0, 3, 1, 2", True), ("0, 2, 3, 1", True),
+                       ("1, 0", False), ("0, 1, 2", False), ("0, 2, 1, 3", False)):  # fmt: skip
+        text = RELU.replace("Relu(xd)", f"Transpose<perm: ints = [{perm}]>(xd)")
+        assert (verdict(text, target) is Verdict.INT) == fits
 
 
 def test_the_first_row_that_fits_decides() -> None:
