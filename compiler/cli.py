@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,12 +48,14 @@ from qnpu.compiler.pipeline import (
     find_topology,
     write_result,
 )
+from qnpu.compiler.quantized_model import legalize_model, write_legalized
 from qnpu.compiler.rules import InvalidConfig, WouldOverwrite
 from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.runtime_check.observer import RangeMethod
+from qnpu.runtime_check.oracle import random_feeds
 from qnpu.runtime_check.perplexity import measure_perplexity
 from qnpu.runtime_check.session import Feeds, Mode, open_session
 
@@ -168,6 +171,8 @@ def _compile(
 
     Writes model.qdq.onnx, encodings.json, bit_plan.json, report.json, for a vendor's target
     HANDOFF.md, and what --emit asks for: all or none of them.
+
+    A file with Q/DQ pairs keeps its encodings: --target alone decides what is rewritten.
     """
     started = time.perf_counter()
     options = {
@@ -194,7 +199,8 @@ def _compile(
         "exporter": exporter,
     }
     from_file = read_config(config) if config else {}
-    settings = CompileConfig(**from_file | {k: v for k, v in options.items() if v is not None})
+    given = from_file | {k: v for k, v in options.items() if v is not None}
+    settings = CompileConfig(**given)
     if explain_topology:
         _print_topology(model, settings, quiet)
         return
@@ -211,7 +217,10 @@ def _compile(
     ):
         _refuse_own_input(opened, out)
         if is_quantized(opened.model.graph):
-            raise DiagnosticError(InvalidConfig("MODEL", "is quantized already").at(file=model))
+            _refuse_idle_options(given, profile, model)
+            summary = _legalize(opened, settings, profile, out, started)
+            print_json(summary) if json else _print_legalized(opened.name, summary)
+            return
         calibration, data = calibration_data(settings, opened.tokenizer)
         times["load"] = time.perf_counter() - started
         result = compile_model(opened.model, settings, calibration, progress)
@@ -234,7 +243,7 @@ def _compile(
                 "evaluation": evaluated,
                 "seed": settings.seed,
             },
-            _more_files(handout, settings, profile),
+            _more_files(handout, settings, profile, settings.mask_value),
         )
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
@@ -300,7 +309,7 @@ def _evaluation(
 
 
 def _more_files(
-    handout: Handout, settings: CompileConfig, target: TargetProfile
+    handout: Handout, settings: CompileConfig, target: TargetProfile, mask_value: float | None
 ) -> dict[str, Writer]:
     """What ``--emit`` asks for, and then the page about all files."""
     writers = emission_writers(settings.emit, handout, target)
@@ -310,9 +319,83 @@ def _more_files(
             handout=handout,
             target=target,
             emitted=settings.emit,
-            mask_value=settings.mask_value,
+            mask_value=mask_value,
         )
     return writers
+
+
+# ---------------------------------------------------- qnpu-compile, of a file quantized already
+
+_FOR_QUANTIZED = ("bos", "calib", "emit", "freeze_dims", "integer_io", "keep_inputs", "seq_len",
+                  "target", "tokenizer")  # fmt: skip
+
+
+def _refuse_idle_options(given: dict[str, Any], target: TargetProfile, model: str) -> None:
+    """Options that say how to quantize, and a target that asks for nothing, are faults."""
+    idle = [key for key in given if key not in _FOR_QUANTIZED]
+    if idle:
+        reason = f"has no effect: {model} is quantized already"
+        raise DiagnosticError([InvalidConfig(key, reason).at(file=model) for key in idle])
+    if not (given.get("integer_io") or any(rule.legalize for rule in target.rules)):
+        reason = "is quantized already; --target, such as qnn-htp-v75, rewrites it for an NPU"
+        raise DiagnosticError(InvalidConfig("MODEL", reason).at(file=model))
+
+
+def _legalize(
+    opened: OpenedModel, settings: CompileConfig, target: TargetProfile, out: Path, started: float
+) -> dict[str, Any]:
+    """Rewrites, compares, writes; returns what to print."""
+    compared = settings.calib or "random numbers, seed 0"
+
+    def feeds(graph: ir.Graph) -> Feeds:
+        if settings.calib:
+            return calibration_data(settings, opened.tokenizer)[0].feeds(graph.inputs)[0]
+        return random_feeds(graph)
+
+    result = legalize_model(opened.model, settings, feeds)
+    handout = make_handout(result.model)
+    about: dict[str, object] = {
+        "command": ["qnpu-compile", *sys.argv[1:]],
+        "config": {
+            key: value for key, value in settings.to_json().items() if key in _FOR_QUANTIZED
+        },
+        "input": {"name": opened.name, "sha256": opened.sha256},
+        "compared": compared,
+    }
+    more = _more_files(handout, settings, target, mask_value=None)
+    report = write_legalized(out, result, handout, about, more)
+    print_diagnostics(result.diagnostics, str(opened.file))
+    return {
+        "out": str(out),
+        "outputs": report["outputs"],
+        "compared": compared,
+        "legalized": dict(Counter(item.rewrite for item in result.legalized)),
+        "verdicts": report["verdicts"],
+        "changes": report["changes"],
+        "seconds": {"total": round(time.perf_counter() - started, 2)},
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _print_legalized(name: str, summary: dict[str, Any]) -> None:
+    table = Table(title=f"{name} → legal", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for when, counts in summary["verdicts"].items():
+        text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        table.add_row(f"nodes {when}", text or "not judged: the target has no rules")
+    for rewrite, count in summary["legalized"].items():
+        table.add_row("rewritten", f"{count} x {rewrite}")
+    for change in summary["changes"]:
+        lsb = "" if change["max_lsb"] is None else f", up to {change['max_lsb']} LSB"
+        table.add_row("output changed", f"{change['name']}: {change['max_abs_error']:.3g}{lsb}")
+    table.add_row("compared on", summary["compared"])
+    for file, entry in summary["outputs"].items():
+        table.add_row("wrote", f"{Path(summary['out'], file)}  {entry['bytes'] / 1e6:.1f} MB")
+    table.add_row("wrote", str(Path(summary["out"], REPORT_NAME)))
+    table.add_row("time", f"{summary['seconds']['total']:.0f} s")
+    table.add_row("peak RSS", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    Console(soft_wrap=True).print(table)
 
 
 def _summary(
@@ -463,6 +546,7 @@ qnpu-compile model.onnx --scheme w4a8 --calib my.txt --tokenizer my-model/
 qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
 qnpu-compile model.onnx --config compile.toml --json
 qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
+qnpu-compile model.qdq.onnx --target qnn-htp-v75
 qnpu-compile model.onnx --explain-topology
 """,
 )

@@ -37,7 +37,7 @@ def write_handoff(
     handout: Handout,
     target: TargetProfile,
     emitted: Sequence[str],
-    mask_value: float,
+    mask_value: float | None,
 ) -> None:
     """Writes the page, in Markdown.
 
@@ -46,7 +46,7 @@ def write_handoff(
         handout: what they were made from.
         target: whose commands to print.
         emitted: names of the further files (``--emit``).
-        mask_value: constant of masked scores, real.
+        mask_value: constant of masked scores, real; None where it is not known.
     """
     borders = io_encodings(handout.model)
     parts = [
@@ -63,9 +63,7 @@ def write_handoff(
         *_requantize(handout),
         "## Key/value cache",
         _cache(handout.model.graph, borders),
-        "## Attention mask",
-        f"{mask_value:g} stands for minus infinity, which would take all codes for itself. A mask\n"
-        "that is fed as an input must use the same constant.",
+        *_mask(mask_value),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     path.write_text(text, encoding="utf-8")
@@ -144,7 +142,7 @@ def _numbers(model: ir.Model) -> str:
         return f"The file takes and returns codes where it says so, as an NPU does:\n{formula}"
     return (
         "The file takes and returns real numbers; an NPU takes and returns their codes,\n"
-        f"{formula} `qnpu-compile --integer-io` makes a file that takes and\nreturns the codes."
+        f"{formula}\n`qnpu-compile --integer-io` makes a file that takes and returns the codes."
     )
 
 
@@ -206,6 +204,16 @@ def _cache(graph: ir.Graph, encodings: Mapping[str, Encoding]) -> str:
         f"Not tied: of {len(pairs)} caches these come out in another encoding than they go in,\n"
         f"and must be requantized between runs:\n\n{names}"
     )
+
+
+def _mask(value: float | None) -> list[str]:
+    if value is None:
+        return []
+    return [
+        "## Attention mask",
+        f"{value:g} stands for minus infinity, which would take all codes for itself. A mask\n"
+        "that is fed as an input must use the same constant.",
+    ]
 
 
 def cache_pairs(graph: ir.Graph) -> list[tuple[str, str]]:

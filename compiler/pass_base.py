@@ -34,6 +34,21 @@ class Stage(enum.Enum):
     INTEGER = "integer"
 
 
+@dataclass(frozen=True, slots=True)
+class Legalized:
+    """What legalize-target did to a node.
+
+    Attributes:
+        node: its name, or that of its first output.
+        operator: as in the profiles.
+        rewrite: as in the profiles, ``second-operand``.
+    """
+
+    node: str
+    operator: str
+    rewrite: str
+
+
 @dataclass(slots=True)
 class Compilation:
     """All state of one compile: the only mutable object that passes share.
@@ -44,6 +59,7 @@ class Compilation:
         bit_plan: filled by assign-bit-widths.
         encodings: filled by calibrate-ranges, empty again once Q/DQ pairs carry them.
         diagnostics: warnings and notes; errors are raised.
+        legalized: filled by legalize-target, in order.
         stage: what the last pass produced.
     """
 
@@ -52,6 +68,7 @@ class Compilation:
     bit_plan: BitPlan = field(default_factory=BitPlan)
     encodings: EncodingTable = field(default_factory=EncodingTable)
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    legalized: list[Legalized] = field(default_factory=list)
     stage: Stage = Stage.FLOAT
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
+    Legalized,
     Pass,
     ProgressCallback,
     no_progress,
@@ -56,6 +58,7 @@ from qnpu.runtime_check.segments import SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds, Mode, cpu_flags, open_session, run
 
 MODEL_NAME = "model.qdq.onnx"
+ENCODINGS_NAME = "encodings.json"
 LOGITS = "logits"
 _PACKAGES = ("qnpu", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
@@ -115,6 +118,7 @@ class CompileResult:
         encodings: scale and zero point of each of its tensors.
         diagnostics: notes and warnings.
         rewrites: pass name → how many places it changed.
+        legalized: what legalize-target did to which node.
     """
 
     model: ir.Model
@@ -124,6 +128,7 @@ class CompileResult:
     encodings: EncodingTable
     diagnostics: list[Diagnostic]
     rewrites: dict[str, int]
+    legalized: list[Legalized] = field(default_factory=list)
 
 
 def compile_model(
@@ -155,6 +160,7 @@ def compile_model(
         encodings=compilation.encodings,
         diagnostics=compilation.diagnostics,
         rewrites=rewrites,
+        legalized=compilation.legalized,
     )
 
 
@@ -251,10 +257,41 @@ def write_result(
     Raises:
         DiagnosticError: QN901, QN902.
     """
+    found: dict[str, object] = {
+        "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
+        "source_error": checks.source_error,
+        "tensors": [asdict(tensor) for tensor in checks.tensors],
+    }
+    plan: dict[str, Writer] = {
+        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path)
+    }
+    return write_files(folder, result, handout, about | found, plan | dict(more))
+
+
+class Rewritten(Protocol):
+    """What every result has: a graph, and what was done to it."""
+
+    @property
+    def model(self) -> ir.Model: ...
+    @property
+    def diagnostics(self) -> list[Diagnostic]: ...
+    @property
+    def rewrites(self) -> dict[str, int]: ...
+    @property
+    def legalized(self) -> list[Legalized]: ...
+
+
+def write_files(
+    folder: Path,
+    result: Rewritten,
+    handout: Handout,
+    about: dict[str, object],
+    more: Mapping[str, Writer],
+) -> dict[str, object]:
+    """Writes model.qdq.onnx, encodings.json, more and report.json: see ``write_result``."""
     writers: dict[str, Writer] = {
         MODEL_NAME: lambda path: save_model(result.model, path),
-        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
-        "encodings.json": lambda path: write_json(handout.encodings.to_json(), path),
+        ENCODINGS_NAME: lambda path: write_json(handout.encodings.to_json(), path),
         **more,
     }
     report: dict[str, object] = {
@@ -264,10 +301,8 @@ def write_result(
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpu_flags": cpu_flags(),
         "rewrites": result.rewrites,
+        "legalized": [asdict(item) for item in result.legalized],
         "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
-        "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
-        "source_error": checks.source_error,
-        "tensors": [asdict(tensor) for tensor in checks.tensors],
     }
     write_outputs(folder, writers, report)
     return report

@@ -1024,6 +1024,39 @@ class InvalidConfig(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedInput(Rule):
+    """What it checks
+        Reports a model that ``qnpu-compile`` was given with Q/DQ pairs in it.
+
+    Why it matters
+        Its encodings are kept as they are: nothing is calibrated, rotated or given another width.
+        Only what the target asks for is rewritten.
+
+    Example
+        ```console
+        qnpu-compile model.qdq.onnx --target qnn-htp-v75
+        ```
+
+    How to fix
+        Nothing is wrong; compile the float model to choose encodings anew.
+    """
+
+    code: ClassVar[str] = "QN504"
+    name: ClassVar[str] = "quantized-input"
+    severity: ClassVar[Severity] = Severity.NOTE
+    done: str
+
+    def message(self) -> str:
+        return (
+            f"the graph is quantized already, so {self.done} alone is done: no rotation, "
+            "no bit widths, no calibration"
+        )
+
+    def help(self) -> str:
+        return "compile the float model to have encodings chosen anew"
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffFailed(Rule):
     """What it checks
         The vendor's compiler makes the file that ``--emit`` asks for.

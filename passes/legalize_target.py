@@ -9,8 +9,9 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.operands import Operation, operation_of
-from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.pass_base import Compilation, Legalized, Pass, Stage
 from qnpu.compiler.qdq_edit import QdqEditor
 from qnpu.compiler.target import Legalization, OpRule, TargetProfile, Verdict, load_target
 from qnpu.compiler.target_check import NodeVerdict, judge
@@ -94,32 +95,38 @@ class LegalizeTarget(Pass):
 def _sweep(compilation: Compilation, profile: TargetProfile) -> int:
     """One rewrite for each node that asks for one; what is left unused goes."""
     editor = QdqEditor(compilation.graph)
-    count = sum(_legalize(editor, node, profile) for node in list(compilation.graph))
+    done = [_legalize(editor, node, profile) for node in list(compilation.graph)]
+    changes = [change for change in done if change is not None]
     compilation.diagnostics += editor.diagnostics
-    if count:
+    compilation.legalized += changes
+    if changes:
         common.RemoveUnusedNodesPass()(compilation.model)
         common.TopologicalSortPass()(compilation.model)
         common.ShapeInferencePass(strict_mode=False, check_type=False)(compilation.model)
-    return count
+    return len(changes)
 
 
-def _legalize(editor: QdqEditor, node: ir.Node, profile: TargetProfile) -> int:
+def _legalize(editor: QdqEditor, node: ir.Node, profile: TargetProfile) -> Legalized | None:
+    """Rewrites one node; None where it stays."""
     operation = operation_of(node) if node.graph is editor.graph else None
     if operation is None or not operation.outputs:
-        return 0
-    rule = judge(operation, profile).rule
-    if rule is not None and rule.legalize in _REWRITES:
-        return int(_REWRITES[rule.legalize](editor, operation, rule))
-    if rule is not None and rule.legalize in _RETYPINGS:
-        plan = _RETYPINGS[rule.legalize](operation, rule)
+        return None
+    rule, place = judge(operation, profile).rule, name_of(node) or name_of(node.outputs[0])
+    kind = rule.legalize if rule is not None else None
+    if rule is not None and kind in _REWRITES:
+        done = _REWRITES[kind](editor, operation, rule)
+        return Legalized(place, operation.op_type, kind.value) if done else None
+    if rule is not None and kind in _RETYPINGS:
+        plan = _RETYPINGS[kind](operation, rule)
         wanted = plan.changes and _helps(judge(plan.expected(operation), profile))
     else:
         ignored = profile.bias.derived and bias_factor(operation) is not None
         plan = derive_bias(operation) if ignored else DerivedBias()
-        wanted = plan.changes
-    if wanted:
-        plan.apply(editor, operation)
-    return int(wanted)
+        wanted, kind = plan.changes, Legalization.DERIVE_BIAS
+    if not wanted or kind is None:
+        return None
+    plan.apply(editor, operation)
+    return Legalized(place, operation.op_type, kind.value)
 
 
 def _helps(after: NodeVerdict) -> bool:

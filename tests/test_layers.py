@@ -24,6 +24,7 @@ FILES = {
 FORBIDDEN = {
     "passes": {
         "qnpu.compiler.pipeline",
+        "qnpu.compiler.quantized_model",
         "qnpu.compiler.cli",
         "qnpu.compiler.cli_check",
         "qnpu.compiler.inputs",
@@ -32,6 +33,7 @@ FORBIDDEN = {
     "runtime_check": {
         *(name for name in FILES if name.startswith("qnpu.passes.")),
         "qnpu.compiler.pipeline",
+        "qnpu.compiler.quantized_model",
         "qnpu.compiler.cli",
         "qnpu.compiler.cli_check",
         "qnpu.compiler.inputs",
@@ -42,7 +44,11 @@ FORBIDDEN = {
     }
     - {"qnpu.compiler.diagnostics", "qnpu.compiler.rules"},
 }
-MAY_IMPORT_PASSES = {"qnpu.compiler.pipeline", "qnpu.compiler.cli"}
+MAY_IMPORT_PASSES = {
+    "qnpu.compiler.pipeline",
+    "qnpu.compiler.quantized_model",
+    "qnpu.compiler.cli",
+}
 MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli", "qnpu.compiler.cli_check"}
 HEAVY = ("transformers", "optimum", "datasets", "sentencepiece", "gguf", "accelerate")
 
