@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.inputs import text_windows
+from qnpu.compiler.pipeline import find_topology
 from qnpu.models.export import export_dynamo
-from qnpu.models.load import LoadedModel, load_tokenizer, load_torch, resolve
+from qnpu.models.load import LoadedModel, load_onnx, load_tokenizer, load_torch, resolve
+from qnpu.runtime_check.perplexity import next_token_loss
 from qnpu.runtime_check.session import Mode, open_session, run
+from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,6 +75,23 @@ def _tensor(ids: np.ndarray) -> Any:
     import torch  # noqa: PLC0415 the command line never needs it here
 
     return torch.from_numpy(ids)
+
+
+def test_torch_runs_the_graph_as_onnx_runtime_does(exported: Path) -> None:
+    """The stream reaches 24,678, so float32 leaves a few units in the fifth place of the logits."""
+    import torch  # noqa: PLC0415 the command line never needs it here
+
+    model = load_onnx(exported)
+    find_topology(model, CompileConfig(seq_len=_TOKENS))
+    windows, _ = text_windows("", "evaluation", load_tokenizer(exported), _TOKENS, 1, "none")
+    feeds = {"input_ids": windows.windows}
+    with torch.no_grad():
+        run_torch = TorchExecutor(model.graph).run
+        actual = run_torch(feed_tensors(feeds), ["logits"])["logits"][0].numpy()
+    (expected,) = run(open_session(model), ["logits"], feeds)
+    assert np.abs(actual - expected[0]).max() / np.abs(expected).max() <= 1e-4
+    losses = [next_token_loss(rows, windows.windows[0]) for rows in (actual, expected[0])]
+    assert np.mean(losses[0]) == pytest.approx(np.mean(losses[1]), rel=1e-5)
 
 
 def test_w8a16_keeps_perplexity(compiled: dict[str, Any]) -> None:
