@@ -129,7 +129,7 @@ def _compile(
     ] = False,
     mask_value: Annotated[
         float | None,
-        typer.Option(help=f"Attention mask constant. Default: {_DEFAULTS.mask_value:g}."),
+        typer.Option(help="Attention mask constant. Default: the target's, such as -50."),
     ] = None,
     integer_io: Annotated[
         bool | None,
@@ -243,7 +243,7 @@ def _compile(
                 "evaluation": evaluated,
                 "seed": settings.seed,
             },
-            _more_files(handout, settings, profile, settings.mask_value),
+            _more_files(handout, settings, profile, settings.mask_constant),
         )
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)

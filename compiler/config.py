@@ -35,7 +35,8 @@ class CompileConfig:
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
         rotate_caches: rotate attention values that a cache holds too.
-        mask_value: constant that replaces minus infinity in attention masks, real.
+        mask_value: constant that replaces minus infinity in attention masks, real; None: the
+            target's.
         integer_io: graph inputs and outputs with an encoding are codes, not real numbers.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
@@ -59,7 +60,7 @@ class CompileConfig:
     rotate: bool = True
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
-    mask_value: float = -50.0
+    mask_value: float | None = None
     integer_io: bool = False
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()
@@ -85,8 +86,8 @@ class CompileConfig:
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
-        if not -1e4 < self.mask_value < 0:
-            _fail("mask_value", f"{self.mask_value:g} is not between -10000 and 0")
+        if not -1e4 < self.mask_constant < 0:
+            _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
 
@@ -94,6 +95,13 @@ class CompileConfig:
     def bits_by_role(self) -> Scheme:
         """The scheme, with ``down_bits`` as asked."""
         return dataclasses.replace(Scheme.parse(self.scheme), down_bits=self.down_bits)
+
+    @property
+    def mask_constant(self) -> float:
+        """``mask_value``, or the target's."""
+        if self.mask_value is not None:
+            return self.mask_value
+        return load_target(self.target).mask_value
 
     def to_json(self) -> dict[str, object]:
         """A plain dictionary, as written to report.json."""
@@ -112,7 +120,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=str(path))) from error
-    kinds = get_type_hints(CompileConfig)
+    kinds = get_type_hints(CompileConfig) | {"mask_value": float}
     for key, value in table.items():
         if key not in kinds:
             known = ", ".join(sorted(kinds))

@@ -73,7 +73,7 @@ def canonical_passes(config: CompileConfig) -> list[Pass]:
         FoldAffine(),
         FuseNormalization(),
         DecomposeRotary(),
-        CanonicalizeMask(config.mask_value),
+        CanonicalizeMask(config.mask_constant),
     ]
 
 

@@ -106,18 +106,14 @@ class Limits(_Table):
     """What holds for a graph as a whole. None and empty stand for: not known.
 
     Attributes:
-        static: every shape must be known.
         opset_max: of the standard domain.
-        rank_max: of any tensor that an operator computes on.
         forms: how a quantized graph may be written: ``qdq``, ``qlinear``, ``integer``.
         file_bytes_max: of the model, weights included.
         accumulator_bits: width of a sum of products; 0 where it is not known.
         source: where these are from.
     """
 
-    static: bool = True
     opset_max: int | None = None
-    rank_max: int | None = None
     forms: tuple[Literal["qdq", "qlinear", "integer"], ...] = ()
     file_bytes_max: int | None = None
     accumulator_bits: int = 0
@@ -129,12 +125,10 @@ class Bias(_Table):
 
     Attributes:
         derived: the scale must be that of the input times that of the weight, zero point 0.
-        on_violation: what a declared other scale leads to.
         source: where this is from.
     """
 
     derived: bool = False
-    on_violation: Verdict = Verdict.SILENT
     source: str = ""
 
 
@@ -245,7 +239,7 @@ class TargetProfile(_Table):
         symmetric_keys_values: keys and values have, whatever the other activations do.
         source: where the types are known from.
         vendor, graph, bias: see their classes.
-        mask_value: constant for masked scores, real; None where any will do.
+        mask_value: constant for masked scores where the user names none, real.
         unlisted: verdict on an operator that no row speaks of.
         unmatched: verdict on a node whose operator has rows, none of which fits.
         no_float: operators that the target does not have in floating point: what a row calls
@@ -266,9 +260,9 @@ class TargetProfile(_Table):
     symmetric_keys_values: bool = False
     source: str = ""
     vendor: Vendor = Vendor()
-    graph: Limits = Limits(static=False)
+    graph: Limits = Limits()
     bias: Bias = Bias()
-    mask_value: float | None = None
+    mask_value: float = -50.0
     unlisted: Verdict = Verdict.UNKNOWN
     unmatched: Verdict = Verdict.REJECT
     islands: Verdict = Verdict.FLOAT

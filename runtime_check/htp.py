@@ -38,14 +38,12 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.rules import MissingPackage
+from qnpu.compiler.target import load_target, target_names
 from qnpu.runtime_check.compare import lsb_difference
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 Model = Path | bytes | onnx.ModelProto | ir.Model
 """A file, its bytes, or a model in memory."""
-
-SOC_MODELS = {"v68": 30, "v69": 36, "v73": 43, "v75": 57, "v79": 69, "v81": 87}
-"""Architecture → the SoC compiled for: SM8350, SM8450, SM8550, SM8650, SM8750, SM8850."""
 
 _QNN_TYPES = {
     0x0008: "S8", 0x0016: "S16", 0x0032: "S32", 0x0064: "S64",
@@ -193,6 +191,12 @@ class HtpGraph:
         return tuple(op for op in self.ops if op.kind not in _BORDER)
 
 
+def soc_models() -> dict[str, int]:
+    """Architecture, as ``v75`` → the SoC compiled for, as the profiles of this compiler say."""
+    vendors = [load_target(name).vendor for name in target_names()]
+    return {f"v{v.arch}": v.soc_model for v in vendors if v.oracle == "htp"}
+
+
 def is_available() -> bool:
     """Whether onnxruntime-qnn is installed. It is not imported: that loads nothing useful here."""
     return importlib.util.find_spec("onnxruntime_qnn") is not None
@@ -246,7 +250,7 @@ class HtpCompiler:
 
         Args:
             model: Q/DQ ONNX with static shapes.
-            arch: key of ``SOC_MODELS``.
+            arch: key of ``soc_models()``.
             folder: where the compiler's dump and its log stay; a temporary one if None.
             finalize: False stops once every operation is validated for the architecture, before
                 the binary is made: a third of the time, but a refusal that comes later is missed.
@@ -271,7 +275,7 @@ class HtpCompiler:
 
         Args:
             model: as for ``compile``.
-            arch: key of ``SOC_MODELS``.
+            arch: key of ``soc_models()``.
             feeds: input name → array.
 
         Returns:
@@ -294,7 +298,7 @@ class HtpCompiler:
 
         Args:
             model: as for ``compile``.
-            arch: key of ``SOC_MODELS``.
+            arch: key of ``soc_models()``.
             path: ONNX file to write; the binary comes beside it.
 
         Raises:
@@ -314,7 +318,7 @@ class HtpCompiler:
 
         Args:
             model: as for ``compile``.
-            arch: key of ``SOC_MODELS``.
+            arch: key of ``soc_models()``.
             path: file to write.
 
         Raises:
@@ -342,8 +346,9 @@ class HtpCompiler:
         job: Mapping[str, Any] | None = None,
     ) -> _Answer:
         """Opens one session in the process."""
-        if arch not in SOC_MODELS:
-            raise HtpError(f"{arch} is none of {', '.join(SOC_MODELS)}")
+        chips = soc_models()
+        if arch not in chips:
+            raise HtpError(f"{arch} is none of {', '.join(chips)}")
         request = {
             "model": str(place.model),
             "log": str(place.log),
@@ -352,7 +357,7 @@ class HtpCompiler:
             "provider": {
                 "backend_path": _library("libQnnHtp.so"),
                 "htp_arch": arch.removeprefix("v"),
-                "soc_model": str(SOC_MODELS[arch]),
+                "soc_model": str(chips[arch]),
                 **provider,
             },
             **(job or {}),
@@ -543,7 +548,7 @@ def compare_on_emulator(
     Args:
         htp: what to run it on.
         model: Q/DQ ONNX with static shapes.
-        arch: key of ``SOC_MODELS``.
+        arch: key of ``soc_models()``.
         feeds: input name → array.
 
     Returns:

@@ -19,7 +19,6 @@ import pytest
 
 from qnpu.compiler.graph_edit import constant_array, set_constant
 from qnpu.runtime_check.htp import (
-    SOC_MODELS,
     HtpCompiler,
     HtpError,
     HtpGraph,
@@ -27,6 +26,7 @@ from qnpu.runtime_check.htp import (
     compare_on_emulator,
     is_available,
     parse_qnn_graph,
+    soc_models,
 )
 from qnpu.runtime_check.session import open_session
 from tests.conftest import normal, shared_file
@@ -208,9 +208,13 @@ def test_recorded_verdicts_and_operations(htp: HtpCompiler, arch: str) -> None:
         assert texts(graph) == sorted(wanted["qnn_ops"]), name
 
 
+def test_the_chips_are_those_of_the_profiles() -> None:
+    assert soc_models() == {"v68": 30, "v69": 36, "v73": 43, "v75": 57, "v79": 69, "v81": 87}
+
+
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SOC_MODELS)
+@pytest.mark.parametrize("arch", soc_models())
 def test_all_recorded_verdicts(htp: HtpCompiler, arch: str) -> None:
     if "QNPU_ALL_HTP_CASES" not in os.environ:
         pytest.skip("set QNPU_ALL_HTP_CASES to compile all cases for all architectures")

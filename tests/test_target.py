@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.pipeline import canonical_passes
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.compiler.target import (
     DEFAULT_TARGET,
@@ -18,6 +20,7 @@ from qnpu.compiler.target import (
     load_target,
     target_names,
 )
+from qnpu.passes.canonicalize_mask import CanonicalizeMask
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +121,27 @@ def test_a_profile_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (profile.vendor.name, profile.vendor.arch) == ("V", 2)
     assert [rule.ops for rule in profile.rules] == [("Tanh",), ("Relu",)]
     assert target_names() == ["new"]
+
+
+def test_the_mask_constant_is_the_targets_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path,
+        monkeypatch,
+        new='id = "new"\nmask_value = -30.0',
+        plain='id = "plain"',
+        bad='id = "bad"\nmask_value = 3.0',
+    )
+    assert CompileConfig(target="new").mask_constant == -30
+    assert CompileConfig(target="new", mask_value=-40.0).mask_constant == -40
+    assert CompileConfig(target="plain").mask_constant == -50
+    config = CompileConfig(target="new")
+    (mask,) = (p for p in canonical_passes(config) if isinstance(p, CanonicalizeMask))
+    assert mask.mask_value == -30
+    with pytest.raises(DiagnosticError) as caught:
+        CompileConfig(target="bad")
+    assert caught.value.codes == ["QN503"]
 
 
 @pytest.mark.parametrize("name", target_names())
