@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,88 @@ def last_dimension(value: ir.Value | None) -> int | None:
     """Elements along the last axis, or None where that is not static; the others may be dynamic."""
     size = value.shape[-1] if value is not None and value.shape else None
     return size if isinstance(size, int) else None
+
+
+class GraphEditor:
+    """Changes a graph. It knows which names are taken, so use one for a whole pass.
+
+    Attributes:
+        graph: what is changed.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        values = [*graph.inputs, *graph.initializers.values()]
+        values += [value for node in graph for value in node.outputs]
+        self._names = {name_of(value) for value in values} | {name_of(node) for node in graph}
+
+    def free_name(self, name: str) -> str:
+        """``name``, or with the first number behind it that nothing has; it is taken from then."""
+        candidate, number = name, 0
+        while candidate in self._names or candidate in self.graph.initializers:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._names.add(candidate)
+        return candidate
+
+    def constant(
+        self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """A new initializer."""
+        return register_tensor(self.graph, ir.tensor(array, dtype=dtype, name=self.free_name(name)))
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        shape: Sequence[int | ir.SymbolicDim] | None,
+        *,
+        before: ir.Node,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """A node with one float output, put before another.
+
+        Args:
+            op_type: operator.
+            inputs: as the operator takes them.
+            name: of node and output, made unique.
+            shape: of the output, None for unknown.
+            before: its place.
+            domain: of the operator.
+            attributes: as the operator takes them.
+        """
+        label = self.free_name(name)
+        node = ir.node(op_type, inputs, attributes or None, domain=domain, name=label)
+        value = node.outputs[0]
+        value.name, value.type = label, ir.TensorType(ir.DataType.FLOAT)
+        value.shape = None if shape is None else ir.Shape(list(shape))
+        self.graph.insert_before(before, node)
+        return value
+
+    def insert_behind(self, value: ir.Value, node: ir.Node) -> None:
+        """Puts a node right behind what makes a value; of an input or constant, in front."""
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(next(iter(self.graph)), node)
+
+    def replace(self, node: ir.Node, result: ir.Value) -> None:
+        """Puts a value in the place of the only output of a node, and removes the node."""
+        old = node.outputs[0]
+        if result.type is None:
+            result.type, result.shape = old.type, old.shape
+        replace_value(self.graph, old, result)
+        self.graph.remove(node, safe=True)
+
+    def take_names(self, nodes: Iterable[ir.Node]) -> None:
+        """Gives nodes made elsewhere, and their outputs, names that nothing else has."""
+        for node in nodes:
+            node.name = self.free_name(name_of(node))
+            for value in node.outputs:
+                value.name = node.name if len(node.outputs) == 1 else self.free_name(name_of(value))
 
 
 class NodeBuilder:

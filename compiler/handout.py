@@ -149,11 +149,7 @@ class _Splitter:
         node = ir.node("Identity", [source], name=label)
         copy = node.outputs[0]
         copy.name, copy.type, copy.shape = name, source.type, source.shape
-        producer = source.producer()
-        if producer is not None:
-            self.graph.insert_after(producer, node)
-        else:
-            self.graph.insert_before(next(iter(self.graph)), node)
+        self._editor.insert_behind(source, node)
         self._encodings[copy] = encoding
         return copy
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import name_of
-from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, input_operand, output_operand
+from qnpu.compiler.operands import input_operand, output_operand
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 
@@ -78,12 +78,7 @@ def with_real_io(model: ir.Model) -> ir.Model:
 def _quantize_input(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> None:
     name, users = name_of(value), list(value.uses())
     value.type = ir.TensorType(ir.DataType.FLOAT)
-    label = editor.free_name(f"{name}_{QUANTIZE}")
-    quantize = ir.node(QUANTIZE, [value, *editor.parameters(name, encoding)], name=label)
-    codes = quantize.outputs[0]
-    codes.name, codes.shape = editor.free_name(f"{name}_quantized"), value.shape
-    codes.type = ir.TensorType(encoding.spec.dtype)
-    editor.graph.insert_before(next(iter(editor.graph)), quantize)
+    codes = editor.quantize(value, name, editor.parameters(name, encoding))
     for user, index in users:
         user.replace_input_with(index, codes)
 
@@ -91,9 +86,7 @@ def _quantize_input(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> N
 def _dequantize_output(editor: QdqEditor, codes: ir.Value, encoding: Encoding) -> ir.Value:
     name = name_of(codes)
     codes.name = editor.free_name(f"{name}_quantized")
-    label = editor.free_name(f"{name}_{DEQUANTIZE}")
-    dequantize = ir.node(DEQUANTIZE, [codes, *editor.parameters(name, encoding)], name=label)
-    result = dequantize.outputs[0]
-    result.name, result.shape, result.type = name, codes.shape, ir.TensorType(ir.DataType.FLOAT)
-    editor.graph.append(dequantize)
+    parameters = editor.parameters(name, encoding)
+    result = editor.dequantize(codes, name, parameters, ir.DataType.FLOAT)
+    result.name = name
     return result

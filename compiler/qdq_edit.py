@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import Diagnostic
-from qnpu.compiler.graph_edit import (
-    constant_array,
-    like,
-    name_of,
-    register_tensor,
-    replace_value,
-)
+from qnpu.compiler.graph_edit import GraphEditor, constant_array, name_of
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand, output_operand
 from qnpu.compiler.quant_types import Encoding, PerTensor, QuantSpec
+
+Parameters = tuple[ir.Value, ir.Value]
+"""Scale and zero point."""
 
 
 def spec_of(dtype: str) -> QuantSpec:
@@ -63,101 +59,65 @@ def finer(encoding: Encoding, spec: QuantSpec) -> Encoding:
     return Encoding(spec, scale, np.asarray(spec.q_min - lowest * steps, np.int32))
 
 
-class QdqEditor:
-    """Changes a Q/DQ graph. It knows which names are taken, so use one for a whole pass.
+class QdqEditor(GraphEditor):
+    """Changes a Q/DQ graph.
 
     Attributes:
-        graph: what is changed.
         diagnostics: what a rewrite has to say of its result.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.diagnostics: list[Diagnostic] = []
-        values = [*graph.inputs, *graph.initializers.values()]
-        values += [value for node in graph for value in node.outputs]
-        self._names = {name_of(value) for value in values} | {name_of(node) for node in graph}
 
-    def free_name(self, name: str) -> str:
-        """``name``, or with the first number behind it that nothing has; it is taken from then."""
-        candidate, number = name, 0
-        while candidate in self._names or candidate in self.graph.initializers:
-            number += 1
-            candidate = f"{name}_{number}"
-        self._names.add(candidate)
-        return candidate
-
-    def constant(
-        self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
-    ) -> ir.Value:
-        """A new initializer."""
-        return register_tensor(self.graph, ir.tensor(array, dtype=dtype, name=self.free_name(name)))
-
-    def parameters(self, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
+    def parameters(self, name: str, encoding: Encoding) -> Parameters:
         """Initializers of a scale and an explicit zero point."""
         return (
             self.constant(f"{name}_scale", encoding.scale),
             self.constant(f"{name}_zero_point", encoding.zero_point_codes, encoding.spec.dtype),
         )
 
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        shape: Sequence[int] | None,
-        *,
-        before: ir.Node,
-        domain: str = "",
-        **attributes: Any,
+    def quantize(self, value: ir.Value, base: str, parameters: Parameters) -> ir.Value:
+        """Codes of a float, right behind what makes it; names begin with ``base``."""
+        name = self.free_name(f"{base}_{QUANTIZE}")
+        node = ir.node(QUANTIZE, [value, *parameters], name=name)
+        codes = node.outputs[0]
+        codes.name, codes.shape = self.free_name(f"{base}_quantized"), value.shape
+        codes.type = parameters[1].type
+        self.insert_behind(value, node)
+        return codes
+
+    def dequantize(
+        self, codes: ir.Value, base: str, parameters: Parameters, dtype: ir.DataType
     ) -> ir.Value:
-        """A node with one float output, put before another.
+        """The real numbers of codes, right behind what makes these; names as in ``quantize``."""
+        name = self.free_name(f"{base}_{DEQUANTIZE}")
+        node = ir.node(DEQUANTIZE, [codes, *parameters], name=name)
+        real = node.outputs[0]
+        real.name, real.shape = self.free_name(f"{base}_dequantized"), codes.shape
+        real.type = ir.TensorType(dtype)
+        self.insert_behind(codes, node)
+        return real
 
-        Args:
-            op_type: operator.
-            inputs: as the operator takes them.
-            name: of node and output, made unique.
-            shape: of the output, None for unknown.
-            before: its place.
-            domain: of the operator.
-            attributes: as the operator takes them.
-        """
-        label = self.free_name(name)
-        node = ir.node(op_type, inputs, attributes or None, domain=domain, name=label)
-        value = node.outputs[0]
-        value.name, value.type = label, ir.TensorType(ir.DataType.FLOAT)
-        value.shape = None if shape is None else ir.Shape(list(shape))
-        self.graph.insert_before(before, node)
-        return value
-
-    def pair(self, value: ir.Value, encoding: Encoding, *, reuse: bool = True) -> ir.Value:
+    def pair(
+        self, value: ir.Value, encoding: Encoding, *, reuse: bool = True, base: str = ""
+    ) -> ir.Value:
         """The value behind a Q/DQ pair of an encoding.
 
         Args:
             value: a float.
             encoding: per tensor.
             reuse: take a pair of that encoding that the value already has.
+            base: what names begin with; empty for the value's own name and the type.
         """
         found = _existing_pair(value, encoding) if reuse else None
         if found is not None:
             return found
         kind = f"{'s' if encoding.spec.signed else 'u'}{encoding.spec.bits}"
-        base = f"{name_of(value)}_{kind}"
-        scale, zero = self.parameters(base, encoding)
-        label = self.free_name(f"{base}_{QUANTIZE}")
-        quantize = ir.node(QUANTIZE, [value, scale, zero], name=label)
-        codes = quantize.outputs[0]
-        codes.name, codes.shape = self.free_name(f"{base}_quantized"), value.shape
-        codes.type = ir.TensorType(encoding.spec.dtype)
-        result = like(value, self.free_name(f"{base}_dequantized"))
-        label = self.free_name(f"{base}_{DEQUANTIZE}")
-        dequantize = ir.node(DEQUANTIZE, [codes, scale, zero], outputs=[result], name=label)
-        producer = value.producer()
-        if producer is not None:
-            self.graph.insert_after(producer, [quantize, dequantize])
-        else:
-            self.graph.insert_before(next(iter(self.graph)), [quantize, dequantize])
-        return result
+        base = base or f"{name_of(value)}_{kind}"
+        parameters = self.parameters(base, encoding)
+        codes = self.quantize(value, base, parameters)
+        return self.dequantize(codes, base, parameters, value.dtype or ir.DataType.FLOAT)
 
     def requantize_input(self, node: ir.Node, index: int, encoding: Encoding) -> bool:
         """Lets a node read an operand at another encoding; a constant gets new codes.
@@ -213,27 +173,13 @@ class QdqEditor:
         result = self.node("Reshape", [value, target], name, shape, before=before)
         return self.pair(result, encoding)
 
-    def replace(self, node: ir.Node, result: ir.Value) -> None:
-        """Puts a value in the place of the only output of a node, and removes the node."""
-        old = node.outputs[0]
-        if result.type is None:
-            result.type, result.shape = old.type, old.shape
-        replace_value(self.graph, old, result)
-        self.graph.remove(node, safe=True)
-
-    def encode_between(self, value: ir.Value, encoding: Encoding) -> None:
-        """Puts a pair between a result that has none and everyone who reads it."""
+    def encode_between(self, value: ir.Value, encoding: Encoding, base: str = "") -> ir.Value:
+        """Puts a pair, named as in ``pair``, between a value and every node that reads it."""
         users = list(value.uses())
-        result = self.pair(value, encoding, reuse=False)
+        result = self.pair(value, encoding, reuse=False, base=base)
         for user, index in users:
             user.replace_input_with(index, result)
-
-    def take_names(self, nodes: Iterable[ir.Node]) -> None:
-        """Gives nodes made elsewhere, and their outputs, names that nothing else has."""
-        for node in nodes:
-            node.name = self.free_name(name_of(node))
-            for value in node.outputs:
-                value.name = node.name if len(node.outputs) == 1 else self.free_name(name_of(value))
+        return result
 
     def requantize_output(self, value: ir.Value, encoding: Encoding) -> None:
         """Lets a node write a result at another encoding, which is then converted to the old one.

@@ -73,24 +73,29 @@ def is_online_rotation(linear: Linear) -> bool:
 
 def computed_by(value: ir.Value) -> ir.Node | None:
     """What computes a value, behind copies, requantize points and online rotations."""
-    node = value.producer()
-    while node is not None:
-        linear = as_linear(node)
-        rotates = linear is not None and is_online_rotation(linear)
-        if not (rotates or layout_inputs(node) or is_requantize_point(node)):
-            return node
-        source = node.inputs[0]
-        node = source.producer() if source is not None else None
-    return None
+    node = _behind_copies(value)
+    while node is not None and _rotates_online(node):
+        node = _behind_copies(node.inputs[0])
+    return node
 
 
 def is_rotated_online(value: ir.Value) -> bool:
     """True where an online rotation makes a value, with nothing but copies behind it."""
-    node = value.producer()
+    node = _behind_copies(value)
+    return node is not None and _rotates_online(node)
+
+
+def _behind_copies(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value that layout operators and requantize points then hand on."""
+    node = value.producer() if value is not None else None
     while node is not None and (layout_inputs(node) or is_requantize_point(node)):
         source = node.inputs[0]
         node = source.producer() if source is not None else None
-    linear = as_linear(node) if node is not None else None
+    return node
+
+
+def _rotates_online(node: ir.Node) -> bool:
+    linear = as_linear(node)
     return linear is not None and is_online_rotation(linear)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import (
-    add_initializer,
+    GraphEditor,
     constant_array,
     last_dimension,
     name_of,
@@ -94,7 +94,7 @@ class InsertHadamard(Pass):
         return count
 
     def _rotate_scores(self, compilation: Compilation) -> int:
-        graph = compilation.graph
+        graph, editor = compilation.graph, GraphEditor(compilation.graph)
         sites = [node for node in graph if makes_scores(node)]
         if not sites:
             reason = "no scores that go to a softmax were found"
@@ -111,14 +111,14 @@ class InsertHadamard(Pass):
                 )
             elif keys is not None and size is not None and not _is_rotated(*keys):
                 if size not in rotations:
-                    rotations[size] = self._rotation(graph, size, "keys")
-                rotations[size].insert(graph, node, 0)
-                rotations[size].insert(graph, *keys)
+                    rotations[size] = self._rotation(editor, size, "keys")
+                rotations[size].insert(editor, node, 0)
+                rotations[size].insert(editor, *keys)
                 count += 1
         return count
 
     def _rotate_down_inputs(self, compilation: Compilation) -> int:
-        graph = compilation.graph
+        graph, editor = compilation.graph, GraphEditor(compilation.graph)
         linears = [linear for node in graph if (linear := as_feature_linear(node)) is not None]
         sites = [linear for linear in linears if is_down_projection(linear)]
         if not sites:
@@ -139,19 +139,19 @@ class InsertHadamard(Pass):
                 )
                 continue
             if size not in rotations:
-                rotations[size] = self._rotation(graph, size, "down")
-            rotations[size].insert(graph, linear.node, 0)
+                rotations[size] = self._rotation(editor, size, "down")
+            rotations[size].insert(editor, linear.node, 0)
             rotations[size].fold_inverse(linear)
             count += 1
         return count
 
-    def _rotation(self, graph: ir.Graph, size: int, what: str) -> _Rotation:
+    def _rotation(self, editor: GraphEditor, size: int, what: str) -> _Rotation:
         """One set of constants for all layers, as their linears have one size."""
         pair = hadamard_pair(size) if size > self.whole_up_to else None
         factors: list[ir.Value] = []
         for index, order in enumerate(pair or (size,)):
             matrix = random_hadamard(order, self.seed + index).astype(np.float32)
-            factors.append(add_initializer(graph, f"hadamard_{what}_{order}", matrix))
+            factors.append(editor.constant(f"hadamard_{what}_{order}", matrix))
         return _Rotation(tuple(factors), size)
 
 
@@ -167,24 +167,33 @@ class _Rotation:
     factors: tuple[ir.Value, ...]
     size: int
 
-    def insert(self, graph: ir.Graph, node: ir.Node, index: int) -> None:
+    def insert(self, editor: GraphEditor, node: ir.Node, index: int) -> None:
         """Rotates one input of a node; who else takes that value gets it as it was."""
         value = node.inputs[index]
         if value is None or value.shape is None:
             raise ValueError(f"input {index} of {name_of(node)} has no shape")
-        chain = _Chain(graph, node, value, f"{name_of(node)}_input_{index}")
         lead = list(value.shape)[:-1]
+        label = f"{name_of(node)}_input_{index}_rotated"
+
+        def step(op_type: str, constants: list[ir.Value], last: list[int], **more: Any) -> None:
+            nonlocal value
+            inputs, shape = [value, *constants], [*lead, *last]
+            value = editor.node(op_type, inputs, label, shape, before=node, **more)
+
+        def reshape(last: list[int]) -> None:
+            sizes = [size if isinstance(size, int) else 0 for size in [*lead, *last]]  # 0 copies
+            step("Reshape", [editor.constant(f"{label}_shape", np.array(sizes, np.int64))], last)
+
         if len(self.factors) == 1:
-            chain.append("MatMul", [self.factors[0]], [*lead, self.size])
+            step("MatMul", [self.factors[0]], [self.size])
         else:
             a, b = (last_dimension(factor) or 0 for factor in self.factors)
-            order = [*range(len(lead)), len(lead) + 1, len(lead)]
-            chain.reshape([*lead, a, b])
-            chain.append("MatMul", [self.factors[1]], [*lead, a, b])
-            chain.append("Transpose", [], [*lead, b, a], {"perm": order})
-            chain.append("MatMul", [self.factors[0]], [*lead, b, a])
-            chain.reshape([*lead, self.size])
-        node.replace_input_with(index, chain.value)
+            reshape([a, b])
+            step("MatMul", [self.factors[1]], [a, b])
+            step("Transpose", [], [b, a], perm=[*range(len(lead)), len(lead) + 1, len(lead)])
+            step("MatMul", [self.factors[0]], [b, a])
+            reshape([self.size])
+        node.replace_input_with(index, value)
 
     def fold_inverse(self, linear: Linear) -> None:
         """Replaces W by R⁻¹·W, rows in the order that ``insert`` leaves features in."""
@@ -217,38 +226,6 @@ def _turned(rows: NDArray[np.float64], inverses: list[NDArray[np.float64]]) -> N
     blocks = rows.reshape(len(rows), len(a), len(b)) @ b.T
     turned: NDArray[np.float64] = blocks.transpose(0, 2, 1) @ a.T
     return turned.reshape(len(rows), -1)
-
-
-class _Chain:
-    """Nodes one after the other in front of another node, named after it."""
-
-    def __init__(self, graph: ir.Graph, before: ir.Node, value: ir.Value, name: str) -> None:
-        self._graph = graph
-        self._before = before
-        self._name = f"{name}_rotated"
-        self._length = 0
-        self.value = value
-
-    def append(
-        self,
-        op_type: str,
-        constants: list[ir.Value],
-        shape: list[int | ir.SymbolicDim],
-        attributes: dict[str, Any] | None = None,
-    ) -> None:
-        self._length += 1
-        name = self._name if self._length == 1 else f"{self._name}_{self._length}"
-        node = ir.node(op_type, [self.value, *constants], attributes or {}, name=name)
-        output = node.outputs[0]
-        output.name, output.type, output.shape = name, self.value.type, ir.Shape(shape)
-        self._graph.insert_before(self._before, node)
-        self.value = output
-
-    def reshape(self, shape: list[int | ir.SymbolicDim]) -> None:
-        """Splits or joins the last axes; those before them may be dynamic."""
-        sizes = [size if isinstance(size, int) else 0 for size in shape]  # 0 copies the input's
-        constant = add_initializer(self._graph, f"{self._name}_shape", np.array(sizes, np.int64))
-        self.append("Reshape", [constant], shape)
 
 
 def _before_transpose(scores: ir.Node) -> tuple[ir.Node, int] | None:

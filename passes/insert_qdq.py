@@ -21,6 +21,7 @@ from qnpu.compiler.graph_edit import (
 )
 from qnpu.compiler.op_traits import float_values, is_float
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.qdq_edit import QdqEditor
 from qnpu.compiler.quant_types import Encoding, PerChannel
 from qnpu.compiler.rules import MissingEncoding
 
@@ -53,6 +54,7 @@ class InsertQdq(Pass):
         graph, table = compilation.graph, compilation.encodings
         if is_quantized(graph):
             return 0
+        editor = QdqEditor(graph)
         values = float_values(graph)
         _check_complete(values, table)
         position = {node: index for index, node in enumerate(graph)}
@@ -62,7 +64,7 @@ class InsertQdq(Pass):
                 first_user = min(value.consumers(), key=position.__getitem__)
                 _store_quantized(graph, value, encoding, first_user)
             else:
-                _insert_pair(graph, value, encoding)
+                _insert_pair(editor, value, encoding)
         for node in list(graph):
             if node.op_type == "Identity" and is_float(node.outputs[0]) and node.inputs[0]:
                 node.outputs[0].replace_all_uses_with(node.inputs[0])
@@ -94,30 +96,17 @@ def _store_quantized(
         del graph.initializers[name]
 
 
-def _insert_pair(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
-    name = name_of(value)
-    dequantized = like(value, f"{name}_dequantized")
-    uses = list(value.uses())
-    replace_uses(value, dequantized)
-    if value.is_graph_output() and not value.is_graph_input():
-        value.name, dequantized.name = f"{name}_unquantized", name
-        value.replace_all_uses_with(dequantized, replace_graph_outputs=True)
-    scale, zero_point = _parameters(graph, name, encoding)
-    quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}_QuantizeLinear")
-    quantized = quantize.outputs[0]
-    quantized.name, quantized.shape = f"{name}_quantized", value.shape
-    quantized.type = ir.TensorType(encoding.spec.dtype)
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [quantized, scale, zero_point],
-        outputs=[dequantized],
-        name=f"{name}_DequantizeLinear",
-    )
-    producer = value.producer()
-    if producer is not None:
-        graph.insert_after(producer, [quantize, dequantize])
-    elif uses:
-        graph.insert_before(next(iter(graph)), [quantize, dequantize])
+def _insert_pair(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> None:
+    name, handed_out = name_of(value), value.is_graph_output() and not value.is_graph_input()
+    if not value.uses() and not handed_out:
+        return
+    if handed_out:
+        value.name = f"{name}_unquantized"
+    dequantized = editor.encode_between(value, encoding, base=name)
+    if handed_out:
+        dequantized.name = name
+        outputs = editor.graph.outputs
+        outputs[outputs.index(value)] = dequantized
 
 
 def _dequantize(
