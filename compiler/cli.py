@@ -106,6 +106,13 @@ def _compile(
             f"Default: {_DEFAULTS.range_method}."
         ),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Rounding of 4-bit weights: gptq or nearest. Default: gptq.")
+    ] = None,
+    learn_windows: Annotated[
+        int | None,
+        typer.Option(help=f"Windows to round weights on. Default: {_DEFAULTS.learn_windows}."),
+    ] = None,
     down_bits: Annotated[
         int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
     ] = None,
@@ -183,6 +190,8 @@ def _compile(
         "calib_windows": calib_windows,
         "seq_len": seq_len,
         "range_method": range_method,
+        "weights": weights,
+        "learn_windows": learn_windows,
         "down_bits": down_bits,
         "rotate": rotate,
         "rotate_caches": rotate_caches,

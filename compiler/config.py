@@ -31,6 +31,9 @@ class CompileConfig:
         calib_windows: windows of text to calibrate on.
         seq_len: tokens per run of the graph.
         range_method: how activation ranges are taken from data.
+        weights: how 4-bit weights are rounded: ``gptq`` (so that outputs stay right) or
+            ``nearest``.
+        learn_windows: windows of text, from the same place, to round weights on.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
@@ -57,6 +60,8 @@ class CompileConfig:
     calib_windows: int = 8
     seq_len: int = 512
     range_method: str = RangeMethod.MSE.value
+    weights: str = "gptq"
+    learn_windows: int = 16
     rotate: bool = True
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
@@ -79,11 +84,13 @@ class CompileConfig:
         if self.down_bits not in (8, 16):
             _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
+        _check_choice("weights", self.weights, ["gptq", "nearest"])
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
             _check_choice("online", rotation, ["r3", "r4"])
         _check_least("calib_windows", self.calib_windows, 1)
+        _check_least("learn_windows", self.learn_windows, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
         if not -1e4 < self.mask_constant < 0:

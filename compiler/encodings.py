@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
 
 from qnpu.compiler.bit_plan import spec_to_json
-from qnpu.compiler.quant_types import Encoding
+from qnpu.compiler.quant_types import Encoding, FloatArray
+
+Codes = NDArray[Any]
 
 
 class EncodingTable:
     """Value name → encoding, in order of insertion.
 
-    A side table rather than node metadata: onnxscript's rewrites drop metadata.
+    A side table rather than node metadata: onnxscript's rewrites drop metadata. A weight may have
+    codes of its own, chosen with regard to data, where rounding to the nearest would do worse.
     """
 
     def __init__(self) -> None:
         self._by_name: dict[str, Encoding] = {}
+        self._codes: dict[str, Codes] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -24,13 +31,28 @@ class EncodingTable:
         return self._by_name[name]
 
     def __setitem__(self, name: str, encoding: Encoding) -> None:
+        """Codes that were chosen for another encoding are dropped."""
         self._by_name[name] = encoding
+        self._codes.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def choose_codes(self, name: str, encoding: Encoding, codes: Codes) -> None:
+        """Sets a constant's encoding, and its codes in the type of the encoding's codes."""
+        self[name] = encoding
+        self._codes[name] = codes
+
+    def has_codes(self, name: str) -> bool:
+        """True where codes were chosen."""
+        return name in self._codes
+
+    def quantize(self, name: str, real: FloatArray) -> Codes:
+        """Codes of a constant: those chosen, else the nearest to its real values."""
+        return self._codes[name] if name in self._codes else self._by_name[name].quantize(real)
 
     def to_json(self) -> dict[str, object]:
         """A plain dictionary, as written to encodings.json.

@@ -89,9 +89,8 @@ def calibration_data(config: CompileConfig, tokenizer: Tokenizer | None) -> tupl
     """
     if config.calib.endswith(".npz"):
         return ArraySamples(load_arrays(config.calib)), config.calib
-    return text_windows(
-        config.calib, "calibration", tokenizer, config.seq_len, config.calib_windows, config.bos
-    )
+    count = max(config.calib_windows, config.learn_windows)
+    return text_windows(config.calib, "calibration", tokenizer, config.seq_len, count, config.bos)
 
 
 def text_windows(

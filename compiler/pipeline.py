@@ -49,9 +49,10 @@ from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
+from qnpu.passes.round_weights import RoundWeights
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
-from qnpu.runtime_check.feeds import FeedSource
+from qnpu.runtime_check.feeds import FeedSource, FirstRuns
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.perplexity import Perplexity, stream_perplexity
 from qnpu.runtime_check.segments import SegmentRunner
@@ -86,12 +87,20 @@ def default_passes(
         FuseRotation(seed=config.seed, rotate_caches=config.rotate_caches),
     ]
     online: list[Pass] = [InsertHadamard(config.online, config.seed)]
+    rounding: list[Pass] = [
+        RoundWeights(FirstRuns(calibration, config.learn_windows), progress=progress)
+    ]
     return [
         *canonical_passes(config),
         *(rotations if config.rotate else []),
         *(online if config.online else []),
         AssignBitWidths(config.bits_by_role),
-        CalibrateRanges(calibration, RangeMethod(config.range_method), progress=progress),
+        CalibrateRanges(
+            FirstRuns(calibration, config.calib_windows),
+            RangeMethod(config.range_method),
+            progress=progress,
+        ),
+        *(rounding if config.weights == "gptq" else []),
         UnifyEncodings(),
         InsertQdq(),
         LegalizeTarget(),

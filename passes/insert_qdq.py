@@ -62,7 +62,7 @@ class InsertQdq(Pass):
             encoding = table[name_of(value)]
             if value.is_initializer():
                 first_user = min(value.consumers(), key=position.__getitem__)
-                _store_quantized(graph, value, encoding, first_user)
+                _store_quantized(graph, value, table, first_user)
             else:
                 _insert_pair(editor, value, encoding)
         for node in list(graph):
@@ -80,14 +80,17 @@ def _check_complete(values: list[ir.Value], table: EncodingTable) -> None:
 
 
 def _store_quantized(
-    graph: ir.Graph, value: ir.Value, encoding: Encoding, first_user: ir.Node
+    graph: ir.Graph, value: ir.Value, table: EncodingTable, first_user: ir.Node
 ) -> None:
     """Dequantizes just before the first use, so that no float weight lives longer than needed."""
     name = name_of(value)
+    encoding = table[name]
     array = constant_array(value)
     if array is None:
         return
-    codes = ir.tensor(encoding.quantize(array), dtype=encoding.spec.dtype, name=f"{name}_quantized")
+    codes = ir.tensor(
+        table.quantize(name, array), dtype=encoding.spec.dtype, name=f"{name}_quantized"
+    )
     quantized = register_tensor(graph, codes)
     dequantize = _dequantize(graph, name, quantized, encoding, like(value, f"{name}_dequantized"))
     graph.insert_before(first_user, dequantize)

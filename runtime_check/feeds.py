@@ -29,6 +29,23 @@ class FeedSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class FirstRuns:
+    """The first few of another source's runs.
+
+    Attributes:
+        source: of all runs.
+        count: how many at most.
+    """
+
+    source: FeedSource
+    count: int
+
+    def feeds(self, inputs: Sequence[ir.Value]) -> list[Feeds]:
+        """See ``FeedSource``."""
+        return self.source.feeds(inputs)[: self.count]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenWindows:
     """Token ids for a language model.
 

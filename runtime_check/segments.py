@@ -78,6 +78,11 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
                 best = index
         runs.append(nodes[start : best + 1])
         start = best + 1
+    return segments_of(runs)
+
+
+def segments_of(runs: Sequence[list[ir.Node]]) -> list[Segment]:
+    """Segments of given runs of nodes, which together are in topological order."""
     segment_of = {node: index for index, run in enumerate(runs) for node in run}
     return [_segment(run, index, segment_of) for index, run in enumerate(runs)]
 

@@ -1,0 +1,175 @@
+"""Rounds the weights of linears one run of nodes after another, on inputs as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.gptq import CodeRange, likely_scales, round_weight
+from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.op_traits import Linear
+from qnpu.compiler.pass_base import ProgressCallback
+from qnpu.compiler.quant_types import Encoding
+from qnpu.runtime_check.fake_quantize import fake_quantized
+from qnpu.runtime_check.segments import Segment, segments_of
+from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
+
+# A token of more than this many times the median energy counts as if it had that much.
+_MOST_ENERGY = 16.0
+
+Linears = Mapping[ir.Node, Linear]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingOptions:
+    """How to round; see ``qnpu.compiler.gptq.round_weight``.
+
+    Attributes:
+        damping: part of the mean of diag H that is added to it.
+        sweeps: passes of coordinate descent.
+    """
+
+    damping: float = 0.01
+    sweeps: int = 2
+
+
+def round_linears(
+    graph: ir.Graph,
+    linears: Linears,
+    table: EncodingTable,
+    feeds: Sequence[Feeds],
+    options: RoundingOptions,
+    progress: ProgressCallback,
+) -> None:
+    """Chooses codes and scales of the linears' weights, and writes them into the table.
+
+    Args:
+        graph: float, topologically sorted.
+        linears: node → linear, of weights that are in the table.
+        table: encodings of activations and weights; every one that is there is applied.
+        feeds: one per run of the graph.
+        options: of the rounding.
+        progress: called with fraction done.
+    """
+    segments = _cut_before(graph, linears)
+    last = max(i for i, s in enumerate(segments) if any(node in linears for node in s.nodes))
+    batches = [feed_tensors(run) for run in feeds]
+    with torch.no_grad():
+        for index in range(last + 1):
+            segment, later = segments[index], segments[index + 1 : last + 1]
+            _round(segment, linears, batches, table, options)
+            if later:
+                advance(segment, later, batches, table)
+            progress("round weights", (index + 1) / (last + 1))
+
+
+def _round(
+    segment: Segment,
+    linears: Linears,
+    batches: Sequence[dict[str, Tensor]],
+    table: EncodingTable,
+    options: RoundingOptions,
+) -> None:
+    moments: dict[str, Tensor] = {}
+    for node in segment.nodes:
+        linear = linears.get(node)
+        if linear is None or table.has_codes(name_of(linear.weight)):
+            continue
+        source = name_of(linear.activation)
+        if source not in moments:
+            moments[source] = second_moment(batch[source] for batch in batches)
+        _choose(linear, moments[source], table, options)
+
+
+def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: RoundingOptions) -> None:
+    name = name_of(linear.weight)
+    array = constant_array(linear.weight)
+    if array is None:
+        return
+    spec = table[name].spec
+    rows = torch.from_numpy(np.moveaxis(array, linear.channel_axis, 0).astype(np.float32))
+    codes = CodeRange(spec.q_min, spec.q_max)
+    scales = likely_scales(rows, moment, codes)
+    rounded = round_weight(
+        rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
+    )
+    scale = rounded.scale.numpy()
+    whole = np.moveaxis(rounded.codes.numpy(), 0, linear.channel_axis).astype(np.int8)
+    encoding = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
+    table.choose_codes(name, encoding, np.ascontiguousarray(whole).astype(spec.code_dtype))
+
+
+def second_moment(parts: Iterator[Tensor]) -> Tensor:
+    """Σ_t c_t · x_tᵀ·x_t over the rows of all parts, float64, shape (features, features)."""
+    total: Tensor | None = None
+    for part in parts:
+        rows = part.reshape(-1, part.shape[-1])
+        energy = rows.square().sum(dim=1)
+        most = _MOST_ENERGY * energy.median()
+        weight = torch.where(energy > most, most / energy, torch.ones_like(energy))
+        scaled = rows * weight.sqrt()[:, None]
+        moment = (scaled.T @ scaled).to(torch.float64)
+        total = moment if total is None else total.add_(moment)
+    if total is None:
+        raise ValueError("no data")
+    return total
+
+
+def _cut_before(graph: ir.Graph, linears: Linears) -> list[Segment]:
+    """Cuts so that what a linear takes is made in an earlier segment."""
+    runs: list[list[ir.Node]] = [[]]
+    made: set[ir.Value] = set()
+    for node in graph:
+        if node in linears and linears[node].activation in made:
+            runs.append([])
+            made.clear()
+        runs[-1].append(node)
+        made.update(node.outputs)
+    return segments_of(runs)
+
+
+def advance(
+    segment: Segment,
+    later: Sequence[Segment],
+    batches: Sequence[dict[str, Tensor]],
+    table: EncodingTable,
+) -> None:
+    """Runs a segment, quantized, on all batches; only what later ones take is kept."""
+    executor = TorchExecutor(segment.nodes)
+    weights = quantized_constants(segment, table)
+    wanted = [name_of(value) for value in segment.hands_on]
+    needed = {name_of(value) for following in later for value in following.takes}
+
+    def quantize(name: str, value: Tensor) -> Tensor:
+        return fake_quantized(value, table[name]) if name in table else value
+
+    for batch in batches:
+        taken = {name_of(v): batch[name_of(v)] for v in segment.takes}
+        batch.update(executor.run(taken, wanted, weights=weights, transform=quantize))
+        for name in [name for name in batch if name not in needed]:
+            del batch[name]
+
+
+def quantized_constants(segment: Segment, table: EncodingTable) -> dict[str, Tensor]:
+    """Name → real value of the codes, of each encoded constant that a segment's nodes take.
+
+    Biases are left out: at 32 bits their error is nothing.
+    """
+    found: dict[str, Tensor] = {}
+    for node in segment.nodes:
+        for value in node.inputs:
+            array = constant_array(value) if value is not None and value.is_initializer() else None
+            if value is None or array is None or value.name in found:
+                continue
+            name = name_of(value)
+            if name in table and table[name].spec.bits < 32:
+                real = table[name].dequantize(table.quantize(name, array))
+                found[name] = torch.from_numpy(np.asarray(real))
+    return found

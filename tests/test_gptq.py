@@ -1,0 +1,144 @@
+"""Rounding with error feedback: against nearest rounding, and against every other choice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnpu.compiler.gptq import (
+    CodeRange,
+    RoundedWeight,
+    damped,
+    likely_scales,
+    quadratic_error,
+    round_weight,
+)
+
+INT4 = CodeRange(-7, 7)
+
+
+def correlated(features: int, seed: int = 0) -> Tensor:
+    """H of inputs in which neighbouring features say nearly the same."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(features, features, generator=generator)
+    rows = torch.randn(8 * features, features, generator=generator) @ mix
+    return (rows.T @ rows).to(torch.float64)
+
+
+def weight(channels: int, features: int, seed: int = 1) -> Tensor:
+    return torch.randn(channels, features, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest(real: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    return codes.round(real / scale[:, None])
+
+
+def one_scale(real: Tensor) -> Tensor:
+    return (real.abs().amax(dim=1) / INT4.high)[None]
+
+
+def error_of(real: Tensor, rounded: RoundedWeight, moment: Tensor, damping: float) -> Tensor:
+    return quadratic_error(real - rounded.real, damped(moment, damping).to(torch.float32))
+
+
+def test_features_without_correlation_are_rounded_to_the_nearest() -> None:
+    real = weight(6, 200)
+    moment = torch.diag(torch.rand(200, dtype=torch.float64) + 0.1)
+    rounded = round_weight(real, moment, one_scale(real), INT4)
+    assert torch.equal(rounded.codes, nearest(real, rounded.scale, INT4))
+
+
+@pytest.mark.parametrize("features", [8, 128, 200])
+def test_error_is_far_below_that_of_nearest_codes(features: int) -> None:
+    real, moment = weight(16, features), correlated(features)
+    rounded = round_weight(real, moment, one_scale(real), INT4)
+    plain = RoundedWeight(nearest(real, rounded.scale, INT4), rounded.scale, torch.zeros(16))
+    ratio = error_of(real, rounded, moment, 0.01).sum() / error_of(real, plain, moment, 0.01).sum()
+    assert ratio < 0.8
+    assert not torch.equal(rounded.codes, plain.codes)
+
+
+def test_the_error_it_tells_is_the_error_there_is() -> None:
+    real, moment = weight(16, 40), correlated(40)
+    rounded = round_weight(real, moment, one_scale(real), INT4)
+    assert torch.allclose(rounded.error, error_of(real, rounded, moment, 0.01), rtol=1e-3)
+
+
+def test_codes_are_whole_and_within_their_range() -> None:
+    real, moment = weight(8, 64) * 100, correlated(64)
+    rounded = round_weight(real, moment, one_scale(real) / 3, INT4)
+    assert torch.equal(rounded.codes, rounded.codes.round())
+    assert rounded.codes.amin() == INT4.low
+    assert rounded.codes.amax() == INT4.high
+
+
+def test_no_single_code_could_be_better_after_enough_sweeps() -> None:
+    real, moment = weight(4, 24), correlated(24)
+    rounded = round_weight(real, moment, one_scale(real), INT4, sweeps=50)
+    hessian = damped(moment, 0.01).to(torch.float32)
+    for feature, step in itertools.product(range(24), (-1, 1)):
+        moved = rounded.codes.clone()
+        moved[:, feature] = torch.clamp(moved[:, feature] + step, INT4.low, INT4.high)
+        error = quadratic_error(real - moved * rounded.scale[:, None], hessian)
+        assert bool((error >= rounded.error * (1 - 1e-4)).all())
+
+
+def test_finds_the_best_of_all_codes_of_a_small_weight() -> None:
+    codes = CodeRange(-1, 1)
+    real, moment = weight(12, 6), correlated(6)
+    scale = real.abs().amax(dim=1)[None]
+    rounded = round_weight(real, moment, scale, codes, damping=1e-3, sweeps=20)
+    hessian = damped(moment, 1e-3).to(torch.float32)
+    every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=6)))
+    least = torch.stack(
+        [quadratic_error(real[i] - every * rounded.scale[i], hessian).amin() for i in range(12)]
+    )
+    assert bool((rounded.error >= least * (1 - 1e-4)).all())
+    assert (rounded.error <= least * 1.001).sum() >= 8  # local optima in the others
+
+
+def test_of_several_scales_each_channel_takes_its_own_best() -> None:
+    real, moment = weight(8, 64), correlated(64)
+    real[0, 0] = 40.0  # an outlier that a smaller scale would clip
+    candidates = one_scale(real) * torch.tensor([[1.0], [0.8], [0.6]])
+    alone = [
+        round_weight(real, moment, candidates[i : i + 1], INT4, sweeps=0).error for i in range(3)
+    ]
+    together = round_weight(real, moment, candidates, INT4, sweeps=0)
+    assert torch.allclose(together.error, torch.stack(alone).amin(dim=0), rtol=1e-4)
+    assert len(torch.unique((together.scale / candidates[0]).round(decimals=3))) > 1
+
+
+def test_a_channel_of_zeros_and_a_feature_that_is_always_zero() -> None:
+    real, moment = weight(4, 16), correlated(16)
+    real[2] = 0.0
+    moment[3] = 0.0
+    moment[:, 3] = 0.0
+    rounded = round_weight(real, moment, likely_scales(real, moment, INT4), INT4)
+    assert bool((rounded.codes[2] == 0).all())
+    assert bool(torch.isfinite(rounded.error).all())
+    assert torch.equal(rounded.codes[:, 3], nearest(real, rounded.scale, INT4)[:, 3])
+
+
+def test_scaling_the_moment_changes_nothing() -> None:
+    real, moment = weight(8, 64), correlated(64)
+    first = round_weight(real, moment, one_scale(real), INT4)
+    second = round_weight(real, moment * 2.0**10, one_scale(real), INT4)
+    assert torch.equal(first.codes, second.codes)
+
+
+def test_likely_scales_clip_an_outlier_that_costs_little() -> None:
+    real, moment = weight(3, 64), torch.eye(64, dtype=torch.float64)
+    real[1, 0] = 6.0
+    moment[0, 0] = 1e-6
+    real[2] = 0.0
+    scales = likely_scales(real, moment, INT4)
+    assert scales.shape == (3, 3)
+    full = one_scale(real)[0]
+    assert scales[1, 1] < 0.6 * full[1]
+    moment[0, 0] = 1e6
+    assert likely_scales(real, moment, INT4)[1, 1] > 0.8 * full[1]
+    assert bool((scales > 0).all())
