@@ -419,3 +419,29 @@ def test_an_operator_that_changed_before_the_oldest_opset() -> None:
         TorchExecutor(parse(text.format(12, "y = Softmax(x)")).graph)
     assert caught.value.codes == ["QN307"]
     TorchExecutor(parse(text.format(12, "y = Not(x)").replace("float", "bool")).graph)
+
+
+def test_what_shows_only_at_run_time() -> None:
+    """ONNX and ONNX Runtime place these pixels differently."""
+    model = parse("""
+        g (float[1, 1, 4, 4] x) => (float[1, 1, M, N] y) <float[4] scales = {1, 1, 0.6, 0.5}> {
+            y = Resize<mode: string = "linear",
+                       coordinate_transformation_mode: string = "align_corners">(x, , scales)
+        }
+    """)
+    executor = TorchExecutor(model.graph)
+    with pytest.raises(DiagnosticError) as caught:
+        executor.run({"x": torch.ones(1, 1, 4, 4)}, ["y"])
+    assert caught.value.codes == ["QN307"]
+    whole = {"x": torch.ones(1, 1, 4, 4), "scales": torch.tensor([1, 1, 0.5, 0.5])}
+    assert executor.run(whole, ["y"])["y"].shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_values_meet_on_the_device(architecture: str) -> None:
+    """The meta device refuses tensors of another one, as a GPU does, and computes nothing."""
+    model = exported(architecture)  # with masks and positions made of shapes
+    executor = TorchExecutor(model.graph, device="meta")
+    logits = executor.run(feed_tensors(some_tokens(model)), ["logits"])["logits"]
+    assert logits.device.type == "meta"
+    assert logits.shape == (1, LENGTH, 257)
