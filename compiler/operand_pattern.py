@@ -24,7 +24,7 @@ _KEEP_ROWS = frozenset(
 )  # fmt: skip
 _WORD = re.compile(
     r"const|var|ones|given|leaves|no-zero|batched|spread|pointwise|z=0|z!=(0|mid)"
-    r"|(axis|rank|block|value)=\d+|size=-\d:\d+\.\.\d*|(no-)?multiple=-\d:\d+"
+    r"|(axis|rank|block|value|holds)=\d+|size=-\d:\d+\.\.\d*|(no-)?multiple=-\d:\d+"
     r"|from=\w+(/(\d:)?\w+)*"
 )
 
@@ -49,7 +49,8 @@ class OperandPattern:
       left out; ``multiple=-K:N``, ``no-multiple=-K:N``: it is one of N, or is not;
     - ``spread``: those from the third on do, as in a kernel wider than 1x1; ``pointwise``: they do
       not;
-    - ``value=N``: a constant of one element, which is that number.
+    - ``value=N``: a constant of one element, which is that number; ``holds=N``: a constant without
+      encoding, one of whose elements is.
 
     ``-`` alone is an input that is left out.
 
@@ -88,6 +89,11 @@ def _code(operand: Operand, number: str) -> int:
 
 def _crosses_border(codes: ir.Value | None) -> bool:
     return codes is not None and (codes.is_graph_input() or codes.is_graph_output())
+
+
+def _holds(value: ir.Value, number: int) -> bool:
+    array = constant_array(value)
+    return array is not None and bool((array == number).any())
 
 
 def _is_all_ones(value: ir.Value) -> bool:
@@ -190,6 +196,7 @@ _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "axis": lambda operand, number: operand.axis == int(number),
     "rank": lambda operand, number: operand.rank == int(number),
     "block": lambda operand, number: operand.block == int(number),
+    "holds": lambda operand, number: _holds(operand.value, int(number)),
     "value": lambda operand, number: is_number(operand, float(number)),
     "z": lambda operand, number: _has_zero_point(operand, _code(operand, number)),
     "z!": lambda operand, number: not _has_zero_point(operand, _code(operand, number)),

@@ -166,9 +166,9 @@ class OpRule(_Table):
             output's, with a scale that a neighbour which only moves codes has not.
         rank_above: some input or output has a higher rank.
         rank_below: every input and output has a lower rank.
-        attributes: name → values that fit; ``last`` stands for the last axis, ``absent`` for an
-            attribute that is not given, ``not-one`` for any value but 1, ``channels`` for a
-            permutation that takes the channels to the end or back.
+        attributes: name → values that fit; ``last`` stands for the last axis, ``not-last`` for any
+            other, ``absent`` for an attribute that is not given, ``not-one`` for any value but 1,
+            ``channels`` for a permutation that takes the channels to the end or back.
         unless_forced: the output encoding differs from these numbers.
         island: the row speaks of nodes with a float input or output; others never fit these.
         min_arch, max_arch: architectures the row speaks of.

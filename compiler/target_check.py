@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -242,15 +243,11 @@ def _attribute_fits(
     if attribute is None:
         return "absent" in allowed
     value = attribute.value
-    if "not-one" in allowed:
-        return bool(value != 1)
+    rank = operation.inputs[0].rank if operation.inputs and operation.inputs[0] else None
+    if any(word in allowed and says(value, rank) for word, says in _ATTRIBUTE_WORDS.items()):
+        return True
     if isinstance(value, list | tuple):
-        if "channels" in allowed and _moves_channels(value):
-            return True
         return all(item in allowed for item in value)
-    first = operation.inputs[0] if operation.inputs else None
-    if "last" in allowed and first is not None and first.rank is not None:
-        return value in (-1, first.rank - 1) or value in allowed
     return value in allowed
 
 
@@ -262,6 +259,14 @@ def _moves_channels(permutation: Sequence[int]) -> bool:
         to_last,
         [*order[:1], *order[-1:], *order[1:-1]],
     )
+
+
+_ATTRIBUTE_WORDS: dict[str, Callable[[Any, int | None], bool]] = {
+    "not-one": lambda value, _: bool(value != 1),
+    "last": lambda axis, rank: rank is not None and axis in (-1, rank - 1),
+    "not-last": lambda axis, rank: rank is not None and axis not in (-1, rank - 1),
+    "channels": lambda permutation, _: _moves_channels(permutation),
+}
 
 
 def _unless_forced(rule: OpRule, operation: Operation) -> bool:

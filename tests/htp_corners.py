@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.qdq_cases import Case, Operand, Step, const, floats, ints, single, weight, x, y
+from tests.qdq_cases import Case, Operand, Step, bias, const, floats, ints, single, weight, x, y
 
 INT, FLOAT, REJECT = "int", "float", "reject"
 
@@ -134,9 +134,9 @@ def _where(dtype: str) -> Case:
     return single(f"Where/{dtype}", "Where", operands, Operand(dtype))
 
 
-def _gemm(axis: int, *bias: Operand) -> Case:
-    operands = [x("u16", 8, 64), weight("s8", "channel", 64, 32, axis=axis), *bias]
-    return single(f"Gemm/axis{axis}+{len(bias)}", "Gemm", operands, y("u16"))
+def _gemm(axis: int, *biases: Operand) -> Case:
+    operands = [x("u16", 8, 64), weight("s8", "channel", 64, 32, axis=axis), *biases]
+    return single(f"Gemm/axis{axis}+{len(biases)}", "Gemm", operands, y("u16"))
 
 
 def _behind_relu(op: str, second: Operand, opset: int = 21, **attributes: int) -> Case:
@@ -144,6 +144,60 @@ def _behind_relu(op: str, second: Operand, opset: int = 21, **attributes: int) -
     relu = Step("Relu", (x("s16", 4, 8, 32),), (y("s16"),))
     step = Step(op, ((0, 0), second), (y("s16"),), attributes)
     return Case(f"Relu/s16→{op}/int", (relu, step), opset, "int")
+
+
+def _depthwise(dtype: str, strides: int) -> Case:
+    kernel = const("s4", 8, 1, 1, 1, granularity="channel", axis=0)
+    operands = [x(dtype, 1, 8, 8, 8), kernel]
+    name = f"Conv/{dtype}xs4/depthwise/{strides}"
+    return single(name, "Conv", operands, y(dtype), group=8, strides=[strides] * 2)
+
+
+def _conv3d(act: str, dtype: str, axis: int = 0) -> Case:
+    kernel = const(dtype, 8, 8, 3, 3, 3, granularity="channel", axis=axis)
+    return single(f"Conv3d/{act}x{dtype}/{axis}", "Conv", [x(act, 1, 8, 8, 8, 8), kernel], y(act))
+
+
+def _deconv3d() -> Case:
+    kernel = const("u8", 8, 4, 1, 1, 1, granularity="channel", axis=1)
+    return single(
+        "ConvTranspose3d/u8xu8", "ConvTranspose", [x("u8", 1, 8, 8, 8, 8), kernel], y("u8")
+    )
+
+
+def _no_zero_point(left_out: bool) -> Case:
+    """A 4-bit kernel per tensor, with a bias; the file states its zero point or not."""
+    image, kernel = x("u8", 1, 16, 8, 8), const("s4", 16, 16, 3, 3, explicit_zero=not left_out)
+    operands = [image, kernel, bias(image, kernel, 16)]
+    return single(f"Conv/u8xs4/no-zero={left_out}", "Conv", operands, y("u8"))
+
+
+def _minimum(axis: int, out: str = "u8") -> Case:
+    operands = [x("u8", 2, 3, 4, 5, 8), ints(axis)]
+    name = f"ReduceMin/rank5/{axis}/{out}"
+    return single(name, "ReduceMin", operands, y(out), keepdims=1, io="int")
+
+
+def _looked_up(zero_point: int, read_as: str) -> Case:
+    """Rows of a 4-bit table, at the type of activations."""
+    held = y("s4", zero_point=zero_point)
+    table = const("s4", 12, 16, zero_point=zero_point)
+    look = Step("Gather", (table, Operand("i32", (1, 4))), (held,), {"axis": 0})
+    change = Step("Identity", ((0, 0),), (y(read_as),))
+    return Case(f"Gather/s4z{zero_point}->{read_as}", (look, change))
+
+
+def _norm_over(axis: int, out: str) -> Case:
+    operands = [x("u16", 4, 8, 32), const("u16", *(4, 8, 32)[axis:])]
+    name = f"RMSNormalization/axis{axis}/{out}"
+    return single(name, "RMSNormalization", operands, y(out), opset=23, axis=axis)
+
+
+def _lpbq_gemm(act: str, *biases: Operand) -> Case:
+    blocks = const("s4", 32, 24, granularity="lpbq", axis=0, block=16)
+    return single(
+        f"Gemm/{act}xlpbq+{len(biases)}", "Gemm", [x(act, 4, 32), blocks, *biases], y(act)
+    )
 
 
 def corner_cases() -> list[tuple[Case, str]]:
@@ -207,6 +261,26 @@ def corner_cases() -> list[tuple[Case, str]]:
         (single("ConvTranspose/axis0", "ConvTranspose", [image, wrong_axis], y("u8")), REJECT),
         (single("ConvTranspose/block", "ConvTranspose", [image, blocks], y("u8")), REJECT),
         (single("Min/rank5", "Min", [x("u8", *five), x("u16", *five)], y("u8")), REJECT),
+        (_depthwise("u16", 1), REJECT),
+        (_depthwise("u16", 2), INT),
+        (_depthwise("u8", 1), INT),
+        (_conv3d("u8", "u8"), INT),
+        (_conv3d("u16", "u4"), INT),
+        (_conv3d("s8", "u8"), REJECT),
+        (_conv3d("u16", "u8", axis=1), REJECT),
+        (_deconv3d(), INT),
+        (_no_zero_point(True), INT),
+        (_no_zero_point(False), REJECT),
+        (_minimum(0), REJECT),
+        (_minimum(1), INT),
+        (_minimum(0, "u16"), FLOAT),
+        (_looked_up(0, "u16"), INT),
+        (_looked_up(3, "u16"), INT),
+        (_norm_over(1, "u8"), REJECT),
+        (_norm_over(2, "u8"), FLOAT),
+        (_lpbq_gemm("u8", const("f32", 24)), INT),
+        (_lpbq_gemm("u8"), REJECT),
+        (_lpbq_gemm("s8"), INT),
         (_gemm(0), INT),
         (_gemm(1), INT),
         (_softmax("s16", 4), INT),

@@ -57,6 +57,7 @@ def operands() -> tuple[Operand, Operand]:
         ("* multiple=-1:4", True, False),
         ("* no-multiple=-1:3", True, True),
         ("* from=Relu", False, False),
+        ("* holds=2", False, False),
         ("-", False, False),
     ],
 )
@@ -118,6 +119,12 @@ def test_codes_that_leave_the_graph(reader: str, leaves: bool) -> None:
 def operations_of(text: str) -> Operation:
     (only,) = operations(parse(text).graph)
     return only
+
+
+def test_what_a_constant_holds() -> None:
+    axes = operations_of(TEXT.replace("Pow(xd, c)", "ReduceMin(xd, two)")).present[1]
+    assert pattern_of("* holds=228").fits(axes)
+    assert not pattern_of("* holds=3").fits(axes)
 
 
 def test_an_input_left_out() -> None:
