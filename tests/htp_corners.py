@@ -146,11 +146,17 @@ def _behind_relu(op: str, second: Operand, opset: int = 21, **attributes: int) -
     return Case(f"Relu/s16→{op}/int", (relu, step), opset, "int")
 
 
-def _depthwise(dtype: str, strides: int) -> Case:
-    kernel = const("s4", 8, 1, 1, 1, granularity="channel", axis=0)
+def _depthwise(dtype: str, strides: int, held: str = "s4", size: int = 1) -> Case:
+    kernel = const(held, 8, 1, size, size, granularity="channel", axis=0)
     operands = [x(dtype, 1, 8, 8, 8), kernel]
-    name = f"Conv/{dtype}xs4/depthwise/{strides}"
+    name = f"Conv/{dtype}x{held}/depthwise{size}/{strides}"
     return single(name, "Conv", operands, y(dtype), group=8, strides=[strides] * 2)
+
+
+def _conv3d_plus(granularity: str) -> Case:
+    image, kernel = x("u16", 1, 8, 8, 8, 8), const("u4", 4, 8, 3, 3, 3, granularity=granularity)
+    operands = [image, kernel, bias(image, kernel, 4)]
+    return single(f"Conv3d/u16xu4/{granularity}+bias", "Conv", operands, y("u16"))
 
 
 def _conv3d(act: str, dtype: str, axis: int = 0) -> Case:
@@ -264,7 +270,12 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_depthwise("u16", 1), REJECT),
         (_depthwise("u16", 2), INT),
         (_depthwise("u8", 1), INT),
+        (_depthwise("u16", 2, "s16"), REJECT),
+        (_depthwise("u16", 1, "s16"), INT),
+        (_depthwise("u16", 2, "s16", 3), INT),
         (_conv3d("u8", "u8"), INT),
+        (_conv3d_plus("channel"), INT),
+        (_conv3d_plus("tensor"), REJECT),
         (_conv3d("u16", "u4"), INT),
         (_conv3d("s8", "u8"), REJECT),
         (_conv3d("u16", "u8", axis=1), REJECT),
