@@ -87,6 +87,6 @@ def _dequantize_output(editor: QdqEditor, codes: ir.Value, encoding: Encoding) -
     name = name_of(codes)
     codes.name = editor.free_name(f"{name}_quantized")
     parameters = editor.parameters(name, encoding)
-    result = editor.dequantize(codes, name, parameters, ir.DataType.FLOAT)
+    result = editor.dequantize(codes, name, parameters)
     result.name = name
     return result

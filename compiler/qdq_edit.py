@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -88,15 +89,34 @@ class QdqEditor(GraphEditor):
         return codes
 
     def dequantize(
-        self, codes: ir.Value, base: str, parameters: Parameters, dtype: ir.DataType
+        self,
+        codes: ir.Value,
+        base: str,
+        parameters: Parameters,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        *,
+        before: ir.Node | None = None,
+        **attributes: Any,
     ) -> ir.Value:
-        """The real numbers of codes, right behind what makes these; names as in ``quantize``."""
+        """The real numbers of codes; names as in ``quantize``.
+
+        Args:
+            codes: integers.
+            base: what names begin with.
+            parameters: scale and zero point.
+            dtype: of the real numbers.
+            before: place of the node; right behind what makes the codes where None.
+            attributes: of DequantizeLinear.
+        """
         name = self.free_name(f"{base}_{DEQUANTIZE}")
-        node = ir.node(DEQUANTIZE, [codes, *parameters], name=name)
+        node = ir.node(DEQUANTIZE, [codes, *parameters], attributes or None, name=name)
         real = node.outputs[0]
         real.name, real.shape = self.free_name(f"{base}_dequantized"), codes.shape
         real.type = ir.TensorType(dtype)
-        self.insert_behind(codes, node)
+        if before is None:
+            self.insert_behind(codes, node)
+        else:
+            self.graph.insert_before(before, node)
         return real
 
     def pair(

@@ -12,11 +12,8 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import (
-    add_initializer,
     constant_array,
-    like,
     name_of,
-    register_tensor,
     replace_uses,
 )
 from qnpu.compiler.op_traits import float_values, is_float
@@ -62,7 +59,7 @@ class InsertQdq(Pass):
             encoding = table[name_of(value)]
             if value.is_initializer():
                 first_user = min(value.consumers(), key=position.__getitem__)
-                _store_quantized(graph, value, table, first_user)
+                _store_quantized(editor, value, table, first_user)
             else:
                 _insert_pair(editor, value, encoding)
         for node in list(graph):
@@ -80,23 +77,24 @@ def _check_complete(values: list[ir.Value], table: EncodingTable) -> None:
 
 
 def _store_quantized(
-    graph: ir.Graph, value: ir.Value, table: EncodingTable, first_user: ir.Node
+    editor: QdqEditor, value: ir.Value, table: EncodingTable, first_user: ir.Node
 ) -> None:
     """Dequantizes just before the first use, so that no float weight lives longer than needed."""
     name = name_of(value)
-    encoding = table[name]
-    array = constant_array(value)
-    if array is None:
+    encoding, array = table[name], constant_array(value)
+    if array is None or value.dtype is None:
         return
-    codes = ir.tensor(
-        table.quantize(name, array), dtype=encoding.spec.dtype, name=f"{name}_quantized"
-    )
-    quantized = register_tensor(graph, codes)
-    dequantize = _dequantize(graph, name, quantized, encoding, like(value, f"{name}_dequantized"))
-    graph.insert_before(first_user, dequantize)
-    replace_uses(value, dequantize.outputs[0])
+    codes = editor.constant(f"{name}_quantized", table.quantize(name, array), encoding.spec.dtype)
+    axis = {}
+    if isinstance(encoding.spec.granularity, PerChannel):
+        # Counted from the end: ONNX Runtime 1.32 turns DequantizeLinear(axis=1) → MatMul into
+        # MatMulNBits with int8 activations, 129 LSB off at 16 bits, but leaves axis=-1 alone.
+        axis["axis"] = encoding.spec.granularity.axis - array.ndim
+    parameters = editor.parameters(name, encoding)
+    real = editor.dequantize(codes, name, parameters, value.dtype, before=first_user, **axis)
+    replace_uses(value, real)
     if not value.is_graph_output():
-        del graph.initializers[name]
+        del editor.graph.initializers[name]
 
 
 def _insert_pair(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> None:
@@ -110,30 +108,3 @@ def _insert_pair(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> None
         dequantized.name = name
         outputs = editor.graph.outputs
         outputs[outputs.index(value)] = dequantized
-
-
-def _dequantize(
-    graph: ir.Graph, name: str, quantized: ir.Value, encoding: Encoding, output: ir.Value
-) -> ir.Node:
-    scale, zero_point = _parameters(graph, name, encoding)
-    attributes = {}
-    if isinstance(encoding.spec.granularity, PerChannel):
-        # Counted from the end: ONNX Runtime 1.32 turns DequantizeLinear(axis=1) → MatMul into
-        # MatMulNBits with int8 activations, 129 LSB off at 16 bits, but leaves axis=-1 alone.
-        attributes["axis"] = encoding.spec.granularity.axis - len(quantized.shape or ())
-    return ir.node(
-        "DequantizeLinear",
-        [quantized, scale, zero_point],
-        attributes,
-        outputs=[output],
-        name=f"{name}_DequantizeLinear",
-    )
-
-
-def _parameters(graph: ir.Graph, name: str, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
-    zero_point = ir.tensor(
-        encoding.zero_point_codes, dtype=encoding.spec.dtype, name=f"{name}_zero_point"
-    )
-    return add_initializer(graph, f"{name}_scale", encoding.scale), register_tensor(
-        graph, zero_point
-    )
