@@ -15,13 +15,13 @@ def _updates(dtype: str) -> Case:
     return single(f"ScatterElements/u8+{dtype}", "ScatterElements", operands, y("u8"), axis=0)
 
 
-def _resize(coordinates: str, rounding: str) -> Case:
+def _resize(coordinates: str, rounding: str, zero_point: int = 128) -> Case:
     scales = Operand("f32", (4,), const=True, values=(1.0, 1.0, 2.0, 2.0))
     return single(
-        f"Resize/{coordinates}/{rounding}",
+        f"Resize/{coordinates}/{rounding}/{zero_point}",
         "Resize",
         [x("u8", 1, 4, 8, 8), None, scales],
-        y("u8"),
+        y("u8", zero_point=zero_point),
         mode="nearest",
         coordinate_transformation_mode=coordinates,
         nearest_mode=rounding,
@@ -221,6 +221,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_resize("half_pixel", "floor"), INT),
         (_resize("asymmetric", "floor"), INT),
         (_resize("asymmetric", "ceil"), REJECT),
+        (_resize("asymmetric", "ceil", 5), REJECT),
+        (_resize("asymmetric", "floor", 5), INT),
         (single("Pow/u16^u8", "Pow", [x("u16", 4, 8), const("u8")], y("u16")), FLOAT),
         (single("Pow/u16^u16", "Pow", [x("u16", 4, 8), const("u16")], y("u16")), INT),
         (single("Pow/u16^2", "Pow", [x("u16", 4, 8), floats(2.0)], y("u16")), FLOAT),
