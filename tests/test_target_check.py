@@ -96,7 +96,13 @@ def test_conditions(rule: dict[str, Any], same: bool, different: bool) -> None:
 
 def test_attributes_of_a_node() -> None:
     softmax = RELU.replace("Relu(xd)", "Softmax<axis: int = 1>(xd)")
-    for allowed, fits in (([1], True), ([0], False), (["last"], True), (["not-one"], False)):
+    for allowed, fits in (
+        ([1], True),
+        ([0], False),
+        (["last"], True),
+        (["not-last"], False),
+        (["not-one"], False),
+    ):
         target = profile({"ops": ["Softmax"], "attributes": {"axis": allowed}}, unmatched="float")
         assert (verdict(softmax, target) is Verdict.INT) == fits
 
