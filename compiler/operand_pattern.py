@@ -23,9 +23,9 @@ _KEEP_ROWS = frozenset(
      "SimplifiedLayerNormalization", "Slice", "Softmax", "Split", "Squeeze", "Unsqueeze"]
 )  # fmt: skip
 _WORD = re.compile(
-    r"const|var|ones|given|leaves|no-zero|batched|spread|pointwise|z=0|z!=(0|mid)"
+    r"const|var|ones|given|fed|leaves|no-zero|batched|spread|pointwise|z=0|z!=(0|mid)"
     r"|(axis|rank|block|value|holds)=\d+|size=-\d:\d+\.\.\d*|(no-)?multiple=-\d:\d+"
-    r"|from=\w+(/(\d:)?\w+)*"
+    r"|from=\w+(/(\d:)?(\w+|\*))*"
 )
 
 
@@ -43,7 +43,9 @@ class OperandPattern:
       (of channels or blocks);
     - ``leaves``: its codes, or those that operators which keep Hexagon's layout of rows make of
       them, are an output of the graph;
-    - ``from=A/B/1:C``: A made it, whose first input B made, whose second input (1) C made;
+    - ``from=A/B/1:C``: A made it, whose first input B made, whose second input (1) C made; ``*``
+      is any operator;
+    - ``fed``: it is computed from codes that are an input of the graph, or is them;
     - ``batched``: dimensions before the last two hold more than one element;
     - ``size=-K:LOW..HIGH``: of the K-th last dimension, ends included, no upper one where HIGH is
       left out; ``multiple=-K:N``, ``no-multiple=-K:N``: it is one of N, or is not;
@@ -162,8 +164,23 @@ def _comes_from(operand: Operand, path: str) -> bool:
     for step in steps:
         index, _, op_type = step.rpartition(":")
         node = _maker(node.inputs[int(index or 0)]) if node is not None else None
-        found = found and node is not None and node.op_type == op_type
+        found = found and node is not None and op_type in ("*", node.op_type)
     return found
+
+
+def _is_fed(operand: Operand) -> bool:
+    waiting: list[ir.Value | None] = [operand.value]
+    seen: set[ir.Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        if value.is_graph_input() and any(user.op_type == DEQUANTIZE for user in value.consumers()):
+            return True
+        node = value.producer()
+        waiting += node.inputs if node is not None else ()
+    return False
 
 
 def _maker(value: ir.Value | None) -> ir.Node | None:
@@ -185,6 +202,7 @@ _WORDS: dict[str, Callable[[Operand, str], bool]] = {
     "ones": lambda operand, _: _is_all_ones(operand.value),
     "given": lambda operand, _: _crosses_border(operand.codes),
     "no-zero": lambda operand, _: not operand.has_zero_point,
+    "fed": lambda operand, _: _is_fed(operand),
     "leaves": lambda operand, _: _leaves(operand),
     "from": _comes_from,
     "batched": lambda operand, _: _elements(operand, slice(None, -2)) > 1,

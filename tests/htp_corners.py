@@ -15,13 +15,13 @@ def _updates(dtype: str) -> Case:
     return single(f"ScatterElements/u8+{dtype}", "ScatterElements", operands, y("u8"), axis=0)
 
 
-def _resize(coordinates: str, rounding: str, zero_point: int = 128) -> Case:
+def _resize(coordinates: str, rounding: str, zero_point: int = 128, out: str = "u8") -> Case:
     scales = Operand("f32", (4,), const=True, values=(1.0, 1.0, 2.0, 2.0))
     return single(
-        f"Resize/{coordinates}/{rounding}/{zero_point}",
+        f"Resize/{coordinates}/{rounding}/{out}{zero_point}",
         "Resize",
         [x("u8", 1, 4, 8, 8), None, scales],
-        y("u8", zero_point=zero_point),
+        y(out, zero_point=zero_point),
         mode="nearest",
         coordinate_transformation_mode=coordinates,
         nearest_mode=rounding,
@@ -96,6 +96,19 @@ def _attention(rows: int, transposed: bool = True, heads: int = 2) -> Case:
         Step("MatMul", ((at + 1, 0), v), (y("s8"),)),
     )
     return Case(f"attention/s8/{heads}x{rows}/{transposed}", steps, 21, "int")
+
+
+def _cached_attention(rows: int) -> Case:
+    """Keys and values each behind a cache, in s8."""
+    held = y("s8")
+    steps = (
+        Step("Concat", (x("s8", 1, 2, 8, 8), x("s8", 1, 2, 8, 8)), (held,), {"axis": 3}),
+        Step("Concat", (x("s8", 1, 2, 8, 8), x("s8", 1, 2, 8, 8)), (held,), {"axis": 2}),
+        Step("MatMul", (x("s8", 1, 2, rows, 8), (0, 0)), (held,)),
+        Step("Softmax", ((2, 0),), (held,)),
+        Step("MatMul", ((3, 0), (1, 0)), (held,)),
+    )
+    return Case(f"attention/s8/cached/{rows}", steps, 21, "int")
 
 
 def _select(dtype: str, *shapes: tuple[int, ...], io: str = "int") -> Case:
@@ -223,6 +236,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_resize("asymmetric", "ceil"), REJECT),
         (_resize("asymmetric", "ceil", 5), REJECT),
         (_resize("asymmetric", "floor", 5), INT),
+        (_resize("asymmetric", "ceil", 128, "u16"), REJECT),
+        (_resize("asymmetric", "floor", 128, "u16"), FLOAT),
         (single("Pow/u16^u8", "Pow", [x("u16", 4, 8), const("u8")], y("u16")), FLOAT),
         (single("Pow/u16^u16", "Pow", [x("u16", 4, 8), const("u16")], y("u16")), INT),
         (single("Pow/u16^2", "Pow", [x("u16", 4, 8), floats(2.0)], y("u16")), FLOAT),
@@ -240,6 +255,8 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_attention(8), REJECT),
         (_attention(17), REJECT),
         (_attention(24), INT),
+        (_cached_attention(1), REJECT),
+        (_cached_attention(16), INT),
         (_attention(8, transposed=False), INT),
         (_attention(8, heads=1), INT),
         (_select("s16", (8, 16), (16,)), REJECT),
@@ -289,6 +306,7 @@ def corner_cases() -> list[tuple[Case, str]]:
         (_minimum(0, "u16"), FLOAT),
         (_looked_up(0, "u16"), INT),
         (_looked_up(3, "u16"), INT),
+        (single("Gather/s4z", "Gather", [const("s4", 40, 16, zero_point=3), ids], y("s4")), REJECT),
         (_norm_over(1, "u8"), REJECT),
         (_norm_over(2, "u8"), FLOAT),
         (_lpbq_gemm("u8", const("f32", 24)), INT),

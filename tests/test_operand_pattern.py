@@ -58,6 +58,7 @@ def operands() -> tuple[Operand, Operand]:
         ("* no-multiple=-1:3", True, True),
         ("* from=Relu", False, False),
         ("* holds=2", False, False),
+        ("* fed", False, False),
         ("-", False, False),
     ],
 )
@@ -90,11 +91,14 @@ def fitting(text: str, pattern: str) -> list[str]:
 def test_what_made_an_operand() -> None:
     assert fitting(CHAIN, "* from=Softmax") == ["Softmax", "Sub"]
     assert fitting(CHAIN, "* from=Softmax/Sub") == []
+    assert fitting(CHAIN, "* from=Softmax/*") == []
+    assert fitting(CHAIN, "* fed") == ["Softmax", "Sub"]
     (_, last) = operations(parse(CHAIN.replace("Sub(xd, pd)", "Sub(pd, xd)")).graph)
     assert not pattern_of("* from=Softmax").fits(last.present[1])
     twice = CHAIN.replace("r = Sub(xd, pd)", "r = Relu(pd)")
     (_, relu) = operations(parse(twice).graph)
     assert pattern_of("* from=Relu/Softmax").fits(relu.outputs[0])
+    assert pattern_of("* from=Relu/*").fits(relu.outputs[0])
     assert not pattern_of("* from=Relu/1:Softmax").fits(operands()[0])
 
 
