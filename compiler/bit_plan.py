@@ -12,6 +12,9 @@ from qnpu.compiler.rules import UnknownScheme
 
 SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8")
 
+CHOSEN_BITS = 4
+"""Weights of so many bits or fewer get codes chosen on data; wider ones are rounded to nearest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:

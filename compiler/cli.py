@@ -54,6 +54,7 @@ from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.runtime_check.learning_record import LEARNING_FOLDER, LearningRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.oracle import random_feeds
 from qnpu.runtime_check.perplexity import measure_perplexity
@@ -109,10 +110,22 @@ def _compile(
     weights: Annotated[
         str | None, typer.Option(help="Rounding of 4-bit weights: gptq or nearest. Default: gptq.")
     ] = None,
+    learn: Annotated[
+        str | None,
+        typer.Option(help="Learn scales and 4-bit codes: none or blockwise. Default: none."),
+    ] = None,
     learn_windows: Annotated[
         int | None,
-        typer.Option(help=f"Windows to round weights on. Default: {_DEFAULTS.learn_windows}."),
+        typer.Option(
+            help=f"Windows to round weights and learn on. Default: {_DEFAULTS.learn_windows}."
+        ),
     ] = None,
+    learn_steps: Annotated[
+        int | None, typer.Option(help=f"Steps per block. Default: {_DEFAULTS.learn_steps}.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what a killed run had learned.")
+    ] = False,
     down_bits: Annotated[
         int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
     ] = None,
@@ -191,7 +204,9 @@ def _compile(
         "seq_len": seq_len,
         "range_method": range_method,
         "weights": weights,
+        "learn": learn,
         "learn_windows": learn_windows,
+        "learn_steps": learn_steps,
         "down_bits": down_bits,
         "rotate": rotate,
         "rotate_caches": rotate_caches,
@@ -232,7 +247,8 @@ def _compile(
             return
         calibration, data = calibration_data(settings, opened.tokenizer)
         times["load"] = time.perf_counter() - started
-        result = compile_model(opened.model, settings, calibration, progress)
+        record = LearningRecord(out / LEARNING_FOLDER, resume)
+        result = compile_model(opened.model, settings, calibration, progress, record)
         times["compile"] = time.perf_counter() - started - times["load"]
         batch = calibration.feeds(result.float_model.graph.inputs)[0]
         evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
@@ -254,6 +270,7 @@ def _compile(
             },
             _more_files(handout, settings, profile, settings.mask_constant),
         )
+        record.discard()
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
     summary = _summary(out, report, checks, times)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from qnpu.compiler.bit_plan import Scheme
+from qnpu.compiler.bit_plan import CHOSEN_BITS, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
 from qnpu.compiler.rules import InvalidConfig, MissingFile
@@ -33,7 +33,10 @@ class CompileConfig:
         range_method: how activation ranges are taken from data.
         weights: how 4-bit weights are rounded: ``gptq`` (so that outputs stay right) or
             ``nearest``.
-        learn_windows: windows of text, from the same place, to round weights on.
+        learn: ``none``, or ``blockwise``: learn scales, zero points and 4-bit codes one decoder
+            layer at a time.
+        learn_windows: windows of text, from the same place, to round weights and to learn on.
+        learn_steps: of the optimizer, per block.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
@@ -61,7 +64,9 @@ class CompileConfig:
     seq_len: int = 512
     range_method: str = RangeMethod.MSE.value
     weights: str = "gptq"
+    learn: str = "none"
     learn_windows: int = 16
+    learn_steps: int = 60
     rotate: bool = True
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
@@ -85,18 +90,26 @@ class CompileConfig:
             _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "nearest"])
+        _check_choice("learn", self.learn, ["none", "blockwise"])
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
             _check_choice("online", rotation, ["r3", "r4"])
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("learn_windows", self.learn_windows, 1)
+        _check_least("learn_steps", self.learn_steps, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
         if not -1e4 < self.mask_constant < 0:
             _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
+
+    @property
+    def windows(self) -> int:
+        """Windows of text that are needed: to measure on and, where codes are chosen, for that."""
+        chooses = self.weights == "gptq" and self.bits_by_role.weight_bits <= CHOSEN_BITS
+        return max(self.calib_windows, self.learn_windows * (chooses or self.learn != "none"))
 
     @property
     def bits_by_role(self) -> Scheme:

@@ -122,9 +122,10 @@ def progress_bars(*, shown: bool = True) -> Iterator[ProgressCallback]:
     with Progress(*columns, console=error_console(), disable=not shown) as bars:
 
         def show(step: str, fraction: float) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=1.0)
-            bars.update(tasks[step], completed=fraction)
+            name = step.partition(": ")[0]  # what follows is said beside the same bar
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            bars.update(tasks[name], completed=fraction, description=step)
 
         yield show
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ class EncodingTable:
     def __init__(self) -> None:
         self._by_name: dict[str, Encoding] = {}
         self._codes: dict[str, Codes] = {}
+        self._learned: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -34,6 +35,7 @@ class EncodingTable:
         """Codes that were chosen for another encoding are dropped."""
         self._by_name[name] = encoding
         self._codes.pop(name, None)
+        self._learned.discard(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -49,6 +51,14 @@ class EncodingTable:
     def has_codes(self, name: str) -> bool:
         """True where codes were chosen."""
         return name in self._codes
+
+    def mark_learned(self, names: Iterable[str]) -> None:
+        """Says of encodings that they were learned, and need not be again."""
+        self._learned.update(names)
+
+    def is_learned(self, name: str) -> bool:
+        """True where ``mark_learned`` said so, and nothing else was set since."""
+        return name in self._learned
 
     def quantize(self, name: str, real: FloatArray) -> Codes:
         """Codes of a constant: those chosen, else the nearest to its real values."""

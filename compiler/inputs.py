@@ -89,8 +89,12 @@ def calibration_data(config: CompileConfig, tokenizer: Tokenizer | None) -> tupl
     """
     if config.calib.endswith(".npz"):
         return ArraySamples(load_arrays(config.calib)), config.calib
-    count = max(config.calib_windows, config.learn_windows)
-    return text_windows(config.calib, "calibration", tokenizer, config.seq_len, count, config.bos)
+    source, description = text_windows(
+        config.calib, "calibration", tokenizer, config.seq_len, config.windows, config.bos
+    )
+    if config.windows > config.calib_windows:
+        description += f"; ranges measured on the first {config.calib_windows}"
+    return source, description
 
 
 def text_windows(

@@ -47,12 +47,14 @@ from qnpu.passes.fuse_normalization import FuseNormalization
 from qnpu.passes.fuse_rotation import FuseRotation
 from qnpu.passes.insert_hadamard import InsertHadamard
 from qnpu.passes.insert_qdq import InsertQdq
+from qnpu.passes.learn_scales import LearnScales
 from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.round_weights import RoundWeights
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
 from qnpu.runtime_check.feeds import FeedSource, FirstRuns
+from qnpu.runtime_check.learning_record import LearningRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.perplexity import Perplexity, stream_perplexity
 from qnpu.runtime_check.segments import SegmentRunner
@@ -79,7 +81,10 @@ def canonical_passes(config: CompileConfig) -> list[Pass]:
 
 
 def default_passes(
-    config: CompileConfig, calibration: FeedSource, progress: ProgressCallback = no_progress
+    config: CompileConfig,
+    calibration: FeedSource,
+    progress: ProgressCallback = no_progress,
+    record: LearningRecord | None = None,
 ) -> list[Pass]:
     """Every pass of a compile, in the order they run."""
     rotations: list[Pass] = [
@@ -89,6 +94,15 @@ def default_passes(
     online: list[Pass] = [InsertHadamard(config.online, config.seed)]
     rounding: list[Pass] = [
         RoundWeights(FirstRuns(calibration, config.learn_windows), progress=progress)
+    ]
+    learning: list[Pass] = [
+        LearnScales(
+            FirstRuns(calibration, config.learn_windows),
+            steps=config.learn_steps,
+            seed=config.seed,
+            record=record,
+            progress=progress,
+        )
     ]
     return [
         *canonical_passes(config),
@@ -101,6 +115,7 @@ def default_passes(
             progress=progress,
         ),
         *(rounding if config.weights == "gptq" else []),
+        *(learning if config.learn == "blockwise" else []),
         UnifyEncodings(),
         InsertQdq(),
         LegalizeTarget(),
@@ -145,8 +160,16 @@ def compile_model(
     config: CompileConfig,
     calibration: FeedSource,
     progress: ProgressCallback = no_progress,
+    record: LearningRecord | None = None,
 ) -> CompileResult:
     """Float ONNX in, static QDQ out. ``model`` is changed in place.
+
+    Args:
+        model: as loaded.
+        config: what to do.
+        calibration: data to measure, round and learn on.
+        progress: called with a step's name and the fraction of it that is done.
+        record: keeps what was learned so far, for a run that is killed.
 
     Raises:
         DiagnosticError: the graph, the data or the configuration does not allow it.
@@ -159,7 +182,7 @@ def compile_model(
         if done.name in (FreezeShapes.name, UnifyEncodings.name):
             snapshots[done.name] = model.clone()
 
-    passes = default_passes(config, calibration, progress)
+    passes = default_passes(config, calibration, progress, record)
     rewrites = run_passes(passes, compilation, after_pass=after_pass)
     return CompileResult(
         model=model,

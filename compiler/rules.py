@@ -937,6 +937,41 @@ class NotRunInTorch(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class LearningDiverged(Rule):
+    """What it checks
+        The loss of a block that is learned goes down to the end.
+
+    Why it matters
+        The best state was kept, so nothing is worse than before; but the steps after it were for
+        nothing, and more data or a smaller rate may give more.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w4a8 --learn blockwise --learn-windows 1
+        ```
+
+    How to fix
+        Learn on more windows; nothing has to be done.
+    """
+
+    code: ClassVar[str] = "QN308"
+    name: ClassVar[str] = "learning-diverged"
+    severity: ClassVar[Severity] = Severity.NOTE
+    block: int
+    before: float
+    after: float
+
+    def message(self) -> str:
+        return (
+            f"block {self.block}: the loss rose at the end; kept the best state, "
+            f"{self.after:.3g} from {self.before:.3g}"
+        )
+
+    def help(self) -> str:
+        return "nothing has to be done; more --learn-windows may give more"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is of the form w{4,8}a{8,16}.

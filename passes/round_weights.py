@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qnpu.compiler.bit_plan import CHOSEN_BITS
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import Linear, as_linear
@@ -45,7 +46,7 @@ class RoundWeights(Pass):
     produces: ClassVar[Stage] = Stage.ENCODED
 
     data: FeedSource
-    bits: int = 4
+    bits: int = CHOSEN_BITS
     damping: float = 0.01
     sweeps: int = 2
     progress: ProgressCallback = no_progress

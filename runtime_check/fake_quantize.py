@@ -14,6 +14,8 @@ from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec, widened
 
 # A learned scale keeps this part of its first value at least: none may vanish or turn negative.
 _LEAST_FACTOR = 0.05
+# A latent starts this far from its code at most, LSB.
+_WITHIN = 0.49
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -166,12 +168,15 @@ class Quantizer(torch.nn.Module):
 class LearnedRounding(torch.nn.Module):
     """A weight whose codes move: ŵ = s · clamp(round(v), q_min, q_max), v in LSB.
 
-    The gradient passes the rounding, so that v drifts until a code flips. Starts at given codes;
-    s is learned by its logarithm, and a step of it leaves the codes alone.
+    The gradient passes the rounding, so that v drifts until a code flips. Starts within the
+    interval that rounds to the given code, as near to w / s as that allows: a weight that might as
+    well have been rounded the other way flips early. s is learned by its logarithm, and a step of
+    it leaves the codes alone.
 
     Args:
         encoding: symmetric, per channel.
         codes: to start from.
+        real: w.
 
     Attributes:
         spec: bit width and kind.
@@ -181,11 +186,14 @@ class LearnedRounding(torch.nn.Module):
 
     _first: Tensor
 
-    def __init__(self, encoding: Encoding, codes: NDArray[Any]) -> None:
+    def __init__(self, encoding: Encoding, codes: NDArray[Any], real: NDArray[Any]) -> None:
         super().__init__()
         self.spec: QuantSpec = encoding.spec
         self.register_buffer("_first", torch.from_numpy(np.array(encoding.scale)))
-        self.latent = torch.nn.Parameter(torch.from_numpy(widened(codes).astype(np.float32)))
+        middle = torch.from_numpy(widened(codes).astype(np.float32))
+        ratio = torch.from_numpy(real.astype(np.float32))
+        ratio = ratio / _broadcast_to(ratio, self._first, self.spec)
+        self.latent = torch.nn.Parameter(ratio.clamp(middle - _WITHIN, middle + _WITHIN))
         self.step = torch.nn.Parameter(torch.zeros(encoding.scale.shape))
 
     def forward(self) -> Tensor:

@@ -107,7 +107,7 @@ def test_learned_rounding_starts_at_its_codes_and_drifts_to_others(bits: int) ->
     peak = np.abs(real).max(axis=0)
     encoding = Encoding.from_range(spec, -peak, peak)
     codes = encoding.quantize(real)
-    learned = LearnedRounding(encoding, codes)
+    learned = LearnedRounding(encoding, codes, real)
     assert np.array_equal(learned().detach().numpy(), encoding.dequantize(codes))
     found, same = learned.codes()
     assert found.same_as(encoding)
@@ -130,7 +130,7 @@ def test_learned_rounding_starts_at_its_codes_and_drifts_to_others(bits: int) ->
 def test_a_latent_stays_within_reach_of_the_range() -> None:
     spec = QuantSpec(4, signed=True, symmetric=True, granularity=PerChannel(0))
     encoding = Encoding.from_range(spec, -np.ones(2), np.ones(2))
-    learned = LearnedRounding(encoding, encoding.quantize(normal(2, 4)))
+    learned = LearnedRounding(encoding, encoding.quantize(normal(2, 4)), normal(2, 4))
     with torch.no_grad():
         learned.latent.fill_(30.0)
     learned.clamp()

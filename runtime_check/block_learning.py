@@ -1,0 +1,253 @@
+"""Learns codes and scales one block after another, each to give what the float block gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.runtime_check.blocks import cut_blocks
+from qnpu.runtime_check.learned_tensors import LearnedTensors
+from qnpu.runtime_check.learning_record import State
+from qnpu.runtime_check.segments import Segment
+from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
+from qnpu.runtime_check.weight_rounding import advance, quantized_constants
+
+# A token of more than this many times the median energy counts as if it had that much.
+_MOST_ENERGY = 4.0
+_WARMUP = 5
+_CHECKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LearningOptions:
+    """How each block is learned.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: runs of the graph per step.
+        latent_rate: of weights' codes, LSB per step.
+        step_rate: of scales, logarithm per step.
+        zero_point_rate: LSB per step.
+        seed: of the order of runs.
+    """
+
+    steps: int = 60
+    batch: int = 1
+    latent_rate: float = 1e-3
+    step_rate: float = 1e-3
+    zero_point_rate: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What learning one block came to.
+
+    Attributes:
+        block: index.
+        before: loss at the start, on the runs it is checked on.
+        after: loss of what was kept; never more than ``before``.
+        learned: what was kept, by value name.
+        diverged: a later state was worse than ``after``, or not finite, so that it was dropped.
+    """
+
+    block: int
+    before: float
+    after: float
+    learned: State
+    diverged: bool
+
+
+def count_blocks(graph: ir.Graph) -> int:
+    """How many blocks ``learn_blocks`` goes through."""
+    return len(cut_blocks(graph)) - 1
+
+
+def learn_blocks(
+    graph: ir.Graph,
+    table: EncodingTable,
+    feeds: Sequence[Feeds],
+    activations: Collection[str],
+    weights: Collection[str],
+    options: LearningOptions,
+    done: Callable[[int], State | None],
+) -> Iterator[BlockResult]:
+    """Learns every block that holds something to learn, in order, and writes it into the table.
+
+    The loss of a block is the squared error of what it hands on, given the quantized model's
+    inputs, against what the float model has there, per token and divided by the median token's
+    energy m; a token of energy e > 4·m counts 4·m/e, so that massive ones are not all that counts
+    (quantnpu.md §3 **D**)::
+
+        L = mean_t min(1, 4m / e_t) · |y_t - ŷ_t|² / m
+
+    AdamW without decay, cosine schedule. Of the states at the start, at the end and at equal
+    distances between them the one with the least loss on a few of the runs is kept.
+
+    Args:
+        graph: float, topologically sorted.
+        table: encodings, and codes of the weights.
+        feeds: one per run of the graph.
+        activations: names of values whose encodings learn.
+        weights: names of constants whose codes and scales learn.
+        options: of the optimizer.
+        done: block → what an earlier run learned of it, or None.
+
+    Yields:
+        A result per block learned now; blocks that were done before are not told.
+    """
+    blocks = cut_blocks(graph)
+    exact = EncodingTable()
+    truth, seen = [feed_tensors(run) for run in feeds], [feed_tensors(run) for run in feeds]
+    for index, block in enumerate(blocks[:-1]):
+        learned = _learned_tensors(block, table, activations, weights)
+        taken = [{name_of(v): run[name_of(v)] for v in block.takes} for run in seen]
+        with torch.no_grad():
+            advance(block, blocks[index + 1 :], truth, exact)
+        if learned is not None:
+            kept = done(index)
+            if kept is None:
+                result = _learn(index, block, learned, taken, truth, table, options)
+                kept = result.learned
+                yield result
+            learned.load(kept)
+            learned.store(table)
+        del taken, learned
+        with torch.no_grad():
+            advance(block, blocks[index + 1 :], seen, table)
+
+
+def _learned_tensors(
+    block: Segment, table: EncodingTable, activations: Collection[str], weights: Collection[str]
+) -> LearnedTensors | None:
+    own = [v for node in block.nodes for v in (*node.inputs, *node.outputs) if v is not None]
+    names = {name_of(v) for v in own if v.name}
+    arrays = {
+        name_of(value): array
+        for value in own
+        if value.name in weights and (array := constant_array(value)) is not None
+    }
+    mine = sorted(names & set(activations))
+    if not mine and not arrays:
+        return None
+    return LearnedTensors(table, mine, {name: arrays[name] for name in sorted(arrays)})
+
+
+def _learn(
+    index: int,
+    block: Segment,
+    learned: LearnedTensors,
+    taken: Sequence[dict[str, Tensor]],
+    truth: Sequence[dict[str, Tensor]],
+    table: EncodingTable,
+    options: LearningOptions,
+) -> BlockResult:
+    loss = _BlockLoss(block, learned, taken, truth, table)
+    order = _Order(len(taken), options.seed + index)
+    checked = range(0, len(taken), max(1, len(taken) // 8))
+    groups = learned.parameters()
+    rates = {
+        "latent": options.latent_rate,
+        "weight_step": options.step_rate,
+        "step": options.step_rate,
+        "zero_point": options.zero_point_rate,
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[name], "lr": rate} for name, rate in rates.items() if groups[name]],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, options.steps))
+    first = least = loss.mean(checked)
+    kept, diverged = learned.state(), False
+    for step in range(1, options.steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        for run in order.take(options.batch):
+            (loss.of(run) / options.batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        learned.clamp()
+        if step % max(1, options.steps // _CHECKS) == 0 or step == options.steps:
+            now = loss.mean(checked)
+            diverged = not now <= least
+            if not diverged:
+                least, kept = now, learned.state()
+            if not math.isfinite(now):
+                break
+    return BlockResult(index, first, least, kept, diverged)
+
+
+class _BlockLoss:
+    """The loss of a block on each run; see ``learn_blocks``."""
+
+    def __init__(
+        self,
+        block: Segment,
+        learned: LearnedTensors,
+        taken: Sequence[dict[str, Tensor]],
+        truth: Sequence[dict[str, Tensor]],
+        table: EncodingTable,
+    ) -> None:
+        self._executor = TorchExecutor(block.nodes)
+        self._learned = learned
+        self._taken = taken
+        self._names = [name_of(v) for v in block.hands_on if name_of(v) in truth[0]]
+        self._truth = truth
+        self._fixed = quantized_constants(block, table)
+        self._median = {
+            name: torch.cat([_energy(run[name]) for run in truth]).median() for name in self._names
+        }
+
+    def of(self, run: int) -> Tensor:
+        made = self._executor.run(
+            self._taken[run], self._names, weights=self._weight, transform=self._learned.transform
+        )
+        return torch.stack([self._error(name, made[name], run) for name in self._names]).sum()
+
+    def mean(self, runs: Sequence[int]) -> float:
+        with torch.no_grad():
+            return float(np.mean([float(self.of(run)) for run in runs]))
+
+    def _error(self, name: str, found: Tensor, run: int) -> Tensor:
+        wanted, median = self._truth[run][name], self._median[name]
+        share = torch.clamp(_MOST_ENERGY * median / _energy(wanted), max=1.0)
+        return (_energy(found - wanted) * share).mean() / median
+
+    def _weight(self, name: str) -> Tensor | None:
+        if name in self._learned.weights:
+            return self._learned.weight(name)
+        return self._fixed.get(name)
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Of each token, at least a little."""
+    return tensor.square().sum(dim=-1).flatten().clamp(min=1e-30)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Part of the learning rate: a short warm-up, then half a cosine."""
+    return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / max(steps, 1)))
+
+
+class _Order:
+    """Runs in random order, each once before any comes again."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+        self._count = count
+        self._left: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        while len(self._left) < count:
+            self._left += self._random.permutation(self._count).tolist()
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
