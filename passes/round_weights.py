@@ -31,6 +31,8 @@ class RoundWeights(Pass):
 
     Memory: what crosses between runs of linears for all batches, and one H of (features, features).
 
+    Where there are not two tokens for each feature, H's diagonal is used alone: nearest codes.
+
     Must not fire on weights of more than ``bits`` bits, Conv, or a weight that has codes already.
 
     Attributes:

@@ -84,7 +84,7 @@ def _round(
             continue
         source = name_of(linear.activation)
         if source not in moments:
-            moments[source] = second_moment(batch[source] for batch in batches)
+            moments[source] = _moment([batch[source] for batch in batches])
         _choose(linear, moments[source], table, options)
 
 
@@ -104,6 +104,16 @@ def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: Round
     whole = np.moveaxis(rounded.codes.numpy(), 0, linear.channel_axis).astype(np.int8)
     encoding = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
     table.choose_codes(name, encoding, np.ascontiguousarray(whole).astype(spec.code_dtype))
+
+
+def _moment(parts: list[Tensor]) -> Tensor:
+    """H of what arrives; its diagonal alone where there are not two tokens for each feature.
+
+    Correlations are then chance for the most part, and making up for errors along them harms.
+    """
+    moment = second_moment(iter(parts))
+    rows = sum(part.numel() // part.shape[-1] for part in parts)
+    return moment if rows >= 2 * len(moment) else torch.diag(moment.diagonal())
 
 
 def second_moment(parts: Iterator[Tensor]) -> Tensor:

@@ -1,0 +1,68 @@
+"""A compile that learns is killed, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import call, finish, start
+
+LEARN = ("qnpu-compile", "tiny", "--scheme", "w4a8", "--learn", "blockwise", "--quiet")
+SIZES = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "8", "--learn-steps", "200")
+PATIENCE_S = 120.0
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def wait_for(path: Path) -> None:
+    last = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        assert time.monotonic() < last, f"{path} was not written"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which nothing was killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert call(*LEARN, *SIZES, "--out", "out", folder=folder).exit_code == 0
+    return folder / "out"
+
+
+def test_what_was_learned_so_far_is_gone_once_it_is_written(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {
+        "model.qdq.onnx",
+        "bit_plan.json",
+        "encodings.json",
+        "report.json",
+    }
+
+
+def test_killed_between_two_blocks_it_goes_on_to_the_same_file(whole: Path, tmp_path: Path) -> None:
+    process = start(*LEARN, *SIZES, "--out", "out", folder=tmp_path)
+    first = tmp_path / "out" / ".qnpu-learning" / "part-0001.npz"
+    wait_for(first)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process).exit_code == -signal.SIGKILL
+    assert not (tmp_path / "out" / "model.qdq.onnx").exists()
+    assert first.exists()
+    before = first.stat().st_mtime_ns
+    process = start(*LEARN, *SIZES, "--out", "out", "--resume", folder=tmp_path)
+    wait_for(first.with_name("part-0002.npz"))
+    assert first.stat().st_mtime_ns == before  # it was read, not learned again
+    assert finish(process).exit_code == 0
+    for name in ("model.qdq.onnx", "encodings.json"):
+        assert digest(tmp_path / "out" / name) == digest(whole / name)
+    assert not first.exists()
+
+
+def test_resume_without_a_record_starts_anew(whole: Path, tmp_path: Path) -> None:
+    done = call(*LEARN, *SIZES, "--out", "out", "--resume", folder=tmp_path)
+    assert done.exit_code == 0
+    assert digest(tmp_path / "out" / "model.qdq.onnx") == digest(whole / "model.qdq.onnx")
