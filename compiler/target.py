@@ -71,6 +71,7 @@ class Legalization(enum.StrEnum):
     UNSIGNED = "unsigned"
     DERIVE_BIAS = "derive-bias"
     SYMMETRIC_WEIGHT = "symmetric-weight"
+    FINER_WEIGHT = "finer-weight"
     LPBQ = "lpbq"
     CONV_1X1 = "conv-1x1"
     DECOMPOSE_ROTARY = "decompose-rotary"
@@ -164,6 +165,8 @@ class OpRule(_Table):
         broadcast: an input that has fewer elements than the result, and more than one.
         merged: ``scale-differs``: ONNX Runtime makes one pair of the first input's and the
             output's, with a scale that a neighbour which only moves codes has not.
+        step_above: 256 steps of a linear's products, s_x · s_w of the median channel, are more
+            than this many LSB of its result.
         rank_above: some input or output has a higher rank.
         rank_below: every input and output has a lower rank.
         attributes: name → values that fit; ``last`` stands for the last axis, ``not-last`` for any
@@ -193,6 +196,7 @@ class OpRule(_Table):
     shapes: Literal["", "same"] = ""
     broadcast: int | None = None
     merged: Literal["", "scale-differs"] = ""
+    step_above: float | None = None
     rank_above: int | None = None
     rank_below: int | None = None
     attributes: dict[str, tuple[int | float | str, ...]] = {}

@@ -16,6 +16,8 @@ from qnpu.compiler.operand_pattern import pattern_of
 from qnpu.compiler.operands import Operand, Operation, operations
 from qnpu.compiler.target import Fault, OpRule, TargetProfile, Verdict
 
+# A chip that multiplies 16 bits as two bytes drops the lower byte's last eight bits.
+_PRODUCTS_CUT = 256
 _FORCED_TOLERANCE = 1e-6
 # These take float constants that steer them, or that a compiler quantizes itself (biases).
 _STEERED = {
@@ -220,6 +222,18 @@ def _merged(rule: OpRule, operation: Operation) -> bool:
     return first is not None and merge_splits_a_move(first, operation.outputs[0])
 
 
+def _step_above(rule: OpRule, operation: Operation) -> bool:
+    if rule.step_above is None:
+        return True
+    first, weight = (*operation.inputs, None, None)[:2]
+    scales = [operand.scale for operand in (first, weight, *operation.outputs[:1]) if operand]
+    known = [scale for scale in scales if scale is not None]
+    if len(known) != 3:
+        return False
+    step = float(known[0].item() * np.median(known[1]) / known[2].item())
+    return _PRODUCTS_CUT * step > rule.step_above
+
+
 def _rank_above(rule: OpRule, operation: Operation) -> bool:
     rank = operation.rank
     return rule.rank_above is None or (rank is not None and rank > rule.rank_above)
@@ -296,6 +310,7 @@ _CONDITIONS = (
     _shapes,
     _broadcast,
     _merged,
+    _step_above,
     _rank_above,
     _rank_below,
     _attributes,

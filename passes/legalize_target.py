@@ -28,7 +28,7 @@ from qnpu.passes.legalize_types import (
     second_operand,
     unsigned,
 )
-from qnpu.passes.legalize_weights import conv_1x1, lpbq, symmetric_weight
+from qnpu.passes.legalize_weights import conv_1x1, finer_weight, lpbq, symmetric_weight
 
 Rewrite = Callable[[QdqEditor, Operation, OpRule], bool]
 Plan = Callable[[Operation, OpRule], Retyping | DerivedBias]
@@ -38,6 +38,7 @@ _REWRITES: dict[Legalization, Rewrite] = {
     Legalization.KEEP_APART: keep_apart,
     Legalization.FORCED_ENCODING: forced_encoding,
     Legalization.SYMMETRIC_WEIGHT: symmetric_weight,
+    Legalization.FINER_WEIGHT: finer_weight,
     Legalization.LPBQ: lpbq,
     Legalization.CONV_1X1: conv_1x1,
     Legalization.DECOMPOSE_ROTARY: decompose_rotary,

@@ -17,6 +17,9 @@ from qnpu.compiler.target import OpRule
 from qnpu.compiler.target_faults import channel_axis
 from qnpu.compiler.target_rules import RescaledBlocks
 
+# Codes of eight bits to one of four.
+_FINER = 16
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lpbq:
@@ -194,20 +197,53 @@ def symmetric_weight(editor: QdqEditor, operation: Operation, rule: OpRule) -> b
     stated = weight.has_zero_point and not zero.any()
     if numbers.min() < spec.q_min or numbers.max() > spec.q_max or (stated and narrow):
         return False
-    name, kept = name_of(weight.value), weight.scale
-    attributes: dict[str, Any] = {"axis": weight.axis} if kept.ndim else {}
+    _replace_weight(editor, operation, index, (numbers, weight.scale, spec.dtype), "symmetric")
+    return True
+
+
+def finer_weight(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
+    """Writes 4-bit codes of a weight as 8-bit ones of the same numbers.
+
+    Before → after::
+
+        MatMul(x, DQ(codes s4, s, 0))       MatMul(x, DQ(16 · codes as s8, s / 16, 0))
+
+    Must not fire on a weight that is not s4 with zero points of 0, or has blocks.
+    """
+    weight = operation.inputs[1] if len(operation.inputs) > 1 else None
+    codes = constant_array(weight.codes) if weight is not None else None
+    if weight is None or codes is None or weight.scale is None or weight.zero_point is None:
+        return False
+    if weight.dtype != "s4" or weight.block or weight.zero_point.any():
+        return False
+    numbers = widened(codes).astype(np.int64) * _FINER
+    finer = (numbers, (weight.scale / np.float32(_FINER)).astype(np.float32), ir.DataType.INT8)
+    _replace_weight(editor, operation, 1, finer, "finer")
+    return True
+
+
+def _replace_weight(
+    editor: QdqEditor,
+    operation: Operation,
+    index: int,
+    new: tuple[NDArray[np.int64], NDArray[np.float32], ir.DataType],
+    label: str,
+) -> None:
+    """Gives a node a weight of other codes, scale and type, along the same axis, zero point 0."""
+    weight, (numbers, scale, dtype) = operation.inputs[index], new
+    if weight is None:
+        return
+    name = name_of(weight.value)
+    attributes: dict[str, Any] = {"axis": weight.axis} if scale.ndim else {}
     inputs = [
-        editor.constant(f"{name}_quantized", _narrow(numbers, spec.dtype), spec.dtype),
-        editor.constant(f"{name}_scale", kept),
-        editor.constant(
-            f"{name}_zero_point", _narrow(np.zeros(kept.shape), spec.dtype), spec.dtype
-        ),
+        editor.constant(f"{name}_quantized", _narrow(numbers, dtype), dtype),
+        editor.constant(f"{name}_scale", scale),
+        editor.constant(f"{name}_zero_point", _narrow(np.zeros(scale.shape), dtype), dtype),
     ]
     value = editor.node(
-        DEQUANTIZE, inputs, f"{name}_symmetric", codes.shape, before=operation.node, **attributes
+        DEQUANTIZE, inputs, f"{name}_{label}", numbers.shape, before=operation.node, **attributes
     )
     operation.node.replace_input_with(index, value)
-    return True
 
 
 def _narrow(codes: NDArray[Any], dtype: ir.DataType) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from tests.conftest import parse, shared_file
 from tests.htp_cases import build_case, sweep
 from tests.htp_corners import corner_cases
 from tests.htp_random import random_cases
-from tests.qdq_cases import Case
+from tests.qdq_cases import Case, matmul_const
 
 CONVERSION = """
     g (float[4] x) => (float[4] y)
@@ -73,6 +73,7 @@ def verdict(text: str, target: TargetProfile) -> Verdict:
         ({"ops": ["Relu"], "shapes": "same"}, False, False),
         ({"ops": ["Relu"], "broadcast": 0}, False, False),
         ({"ops": ["Relu"], "merged": "scale-differs"}, False, False),
+        ({"ops": ["Relu"], "step_above": 0.0}, False, False),
         ({"ops": ["Relu"], "types": "same"}, True, True),
         ({"ops": ["Relu"], "types": "differ"}, False, False),
         ({"ops": ["Relu"], "rank_above": 1}, True, True),
@@ -121,6 +122,14 @@ def test_shapes_of_two_operands(other: str, same: bool, broadcast: bool) -> None
         model = parse(add)
         common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
         assert (check_target(model, target).verdict is Verdict.INT) == fits
+
+
+@pytest.mark.parametrize(("scale", "silent"), [(0.2, True), (0.01, False)])
+def test_products_in_steps_of_many_lsb(scale: float, silent: bool) -> None:
+    """256 · s_x · s_w / s_y: about 38 and 2."""
+    case = matmul_const("u16", "s4", "channel", scale=scale)
+    found = check_target(built(case), load_target("qnn-htp-v75")).verdict
+    assert found is (Verdict.SILENT if silent else Verdict.INT)
 
 
 def test_a_permutation_of_channels() -> None:
