@@ -47,7 +47,8 @@ def start(
     """
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may run under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test may run under nohup
         if before is not None:
             before()
 
