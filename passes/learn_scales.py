@@ -20,6 +20,7 @@ from qnpu.compiler.rules import LearningDiverged
 from qnpu.runtime_check.blocks import cut_blocks
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.learning_record import LearningRecord, State, fingerprint
+from qnpu.runtime_check.segments import Segment
 from qnpu.runtime_check.session import Feeds
 
 _NARROW = 8
@@ -61,40 +62,39 @@ class LearnScales(Pass):
 
     def run(self, compilation: Compilation) -> int:
         graph, table = compilation.graph, compilation.encodings
-        layers = [node for block in cut_blocks(graph)[:-1] for node in block.nodes]
+        blocks = cut_blocks(graph)
+        layers = [node for block in blocks[:-1] for node in block.nodes]
         activations, weights = _learned_names(layers, table)
         if not (activations or weights) or self.steps == 0:
             return 0
         model = compilation.model
         feeds = [turn_caches(model, run) for run in self.data.feeds(graph.inputs)]
-        self._learn(compilation, feeds, activations, weights)
+        self._learn(compilation, blocks, feeds, (activations, weights))
         return len(activations) + len(weights)
 
     def _learn(
         self,
         compilation: Compilation,
+        blocks: Sequence[Segment],
         feeds: Sequence[Feeds],
-        activations: list[str],
-        weights: list[str],
+        names: tuple[list[str], list[str]],
     ) -> None:
         from qnpu.runtime_check import block_learning  # noqa: PLC0415  (imports torch)
 
         graph, table = compilation.graph, compilation.encodings
         options = block_learning.LearningOptions(steps=self.steps, seed=self.seed)
         if self.record is not None:
-            self.record.open(_work(graph, table, feeds, (activations, weights), repr(options)))
+            self.record.open(_work(graph, table, feeds, names, repr(options)))
         done = self.record.load if self.record is not None else _nothing
-        total = block_learning.count_blocks(graph)
-        for result in block_learning.learn_blocks(
-            graph, table, feeds, activations, weights, options, done
-        ):
+        for result in block_learning.learn_blocks(blocks, table, feeds, *names, options, done):
             if self.record is not None:
                 self.record.save(result.block, result.learned)
             if result.diverged:
                 fault = LearningDiverged(result.block, result.before, result.after)
                 compilation.diagnostics.append(fault.at())
             losses = f"loss {result.before:.2e} → {result.after:.2e}"
-            self.progress(f"learn: block {result.block}, {losses}", (result.block + 1) / total)
+            fraction = (result.block + 1) / (len(blocks) - 1)
+            self.progress(f"learn: block {result.block}, {losses}", fraction)
         self.progress("learn", 1.0)
 
 

@@ -7,19 +7,22 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.runtime_check.blocks import cut_blocks
 from qnpu.runtime_check.learned_tensors import LearnedTensors
 from qnpu.runtime_check.learning_record import State
 from qnpu.runtime_check.segments import Segment
 from qnpu.runtime_check.session import Feeds
 from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
-from qnpu.runtime_check.weight_rounding import advance, quantized_constants
+from qnpu.runtime_check.weight_rounding import (
+    advance,
+    quantized_constants,
+    token_energy,
+    token_shares,
+)
 
 # A token of more than this many times the median energy counts as if it had that much.
 _MOST_ENERGY = 4.0
@@ -67,13 +70,8 @@ class BlockResult:
     diverged: bool
 
 
-def count_blocks(graph: ir.Graph) -> int:
-    """How many blocks ``learn_blocks`` goes through."""
-    return len(cut_blocks(graph)) - 1
-
-
 def learn_blocks(
-    graph: ir.Graph,
+    blocks: Sequence[Segment],
     table: EncodingTable,
     feeds: Sequence[Feeds],
     activations: Collection[str],
@@ -81,7 +79,7 @@ def learn_blocks(
     options: LearningOptions,
     done: Callable[[int], State | None],
 ) -> Iterator[BlockResult]:
-    """Learns every block that holds something to learn, in order, and writes it into the table.
+    """Learns every block but the last that holds something to learn; writes it into the table.
 
     The loss of a block is the squared error of what it hands on, given the quantized model's
     inputs, against what the float model has there, per token and divided by the median token's
@@ -94,7 +92,7 @@ def learn_blocks(
     distances between them the one with the least loss on a few of the runs is kept.
 
     Args:
-        graph: float, topologically sorted.
+        blocks: of a float graph, in order.
         table: encodings, and codes of the weights.
         feeds: one per run of the graph.
         activations: names of values whose encodings learn.
@@ -105,7 +103,6 @@ def learn_blocks(
     Yields:
         A result per block learned now; blocks that were done before are not told.
     """
-    blocks = cut_blocks(graph)
     exact = EncodingTable()
     truth, seen = [feed_tensors(run) for run in feeds], [feed_tensors(run) for run in feeds]
     for index, block in enumerate(blocks[:-1]):
@@ -202,9 +199,10 @@ class _BlockLoss:
         self._taken = taken
         self._names = [name_of(v) for v in block.hands_on if name_of(v) in truth[0]]
         self._truth = truth
-        self._fixed = quantized_constants(block, table)
+        self._fixed = quantized_constants(block, table, but=learned.weights)
         self._median = {
-            name: torch.cat([_energy(run[name]) for run in truth]).median() for name in self._names
+            name: torch.cat([token_energy(run[name]) for run in truth]).median()
+            for name in self._names
         }
 
     def of(self, run: int) -> Tensor:
@@ -219,18 +217,12 @@ class _BlockLoss:
 
     def _error(self, name: str, found: Tensor, run: int) -> Tensor:
         wanted, median = self._truth[run][name], self._median[name]
-        share = torch.clamp(_MOST_ENERGY * median / _energy(wanted), max=1.0)
-        return (_energy(found - wanted) * share).mean() / median
+        shares = token_shares(token_energy(wanted), _MOST_ENERGY * median)
+        return (token_energy(found - wanted) * shares).mean() / median
 
     def _weight(self, name: str) -> Tensor | None:
-        if name in self._learned.weights:
-            return self._learned.weight(name)
-        return self._fixed.get(name)
-
-
-def _energy(tensor: Tensor) -> Tensor:
-    """Of each token, at least a little."""
-    return tensor.square().sum(dim=-1).flatten().clamp(min=1e-30)
+        fixed = self._fixed.get(name)
+        return self._learned.weight(name) if fixed is None else fixed
 
 
 def _rate(step: int, steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -76,11 +77,10 @@ class LearningRecord:
         """
         arrays = {str(i): array for i, array in enumerate(state.values())}
         arrays[_NAMES] = np.frombuffer(json.dumps(list(state)).encode(), np.uint8)
-        path = self._file(part)
+        content, path = io.BytesIO(), self._file(part)
+        np.savez(content, allow_pickle=False, **arrays)
         try:
-            with path.with_suffix(".part").open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            path.with_suffix(".part").replace(path)
+            self._write(path.name, content.getvalue())
         except OSError as error:
             raise DiagnosticError(CannotWrite(str(path), first_line(error)).at()) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ class RoundingOptions:
         sweeps: passes of coordinate descent.
     """
 
-    damping: float = 0.01
-    sweeps: int = 2
+    damping: float
+    sweeps: int
 
 
 def round_linears(
@@ -84,7 +84,7 @@ def _round(
             continue
         source = name_of(linear.activation)
         if source not in moments:
-            moments[source] = _moment([batch[source] for batch in batches])
+            moments[source] = _moment([rows_of(batch[source]) for batch in batches])
         _choose(linear, moments[source], table, options)
 
 
@@ -106,30 +106,43 @@ def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: Round
     table.choose_codes(name, encoding, np.ascontiguousarray(whole).astype(spec.code_dtype))
 
 
-def _moment(parts: list[Tensor]) -> Tensor:
+def _moment(parts: Sequence[Tensor]) -> Tensor:
     """H of what arrives; its diagonal alone where there are not two tokens for each feature.
 
     Correlations are then chance for the most part, and making up for errors along them harms.
     """
-    moment = second_moment(iter(parts))
-    rows = sum(part.numel() // part.shape[-1] for part in parts)
-    return moment if rows >= 2 * len(moment) else torch.diag(moment.diagonal())
+    moment = second_moment(parts)
+    enough = sum(map(len, parts)) >= 2 * len(moment)
+    return moment if enough else torch.diag(moment.diagonal())
 
 
-def second_moment(parts: Iterator[Tensor]) -> Tensor:
-    """Σ_t c_t · x_tᵀ·x_t over the rows of all parts, float64, shape (features, features)."""
+def second_moment(parts: Iterable[Tensor]) -> Tensor:
+    """Σ_t c_t · x_tᵀ·x_t over all parts, each (tokens, features); float64, (features, features)."""
     total: Tensor | None = None
-    for part in parts:
-        rows = part.reshape(-1, part.shape[-1])
-        energy = rows.square().sum(dim=1)
-        most = _MOST_ENERGY * energy.median()
-        weight = torch.where(energy > most, most / energy, torch.ones_like(energy))
-        scaled = rows * weight.sqrt()[:, None]
+    for rows in parts:
+        energy = token_energy(rows)
+        shares = token_shares(energy, _MOST_ENERGY * energy.median())
+        scaled = rows * shares.sqrt()[:, None]
         moment = (scaled.T @ scaled).to(torch.float64)
         total = moment if total is None else total.add_(moment)
     if total is None:
         raise ValueError("no data")
     return total
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """One row for each token, shape (tokens, features)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def token_energy(tensor: Tensor) -> Tensor:
+    """|x|² of each token, at least a little, shape (tokens,)."""
+    return rows_of(tensor).square().sum(dim=1).clamp(min=1e-30)
+
+
+def token_shares(energy: Tensor, most: Tensor) -> Tensor:
+    """What each token counts, min(1, most / energy): massive ones as if they had the most."""
+    return torch.clamp(most / energy, max=1.0)
 
 
 def _cut_before(graph: ir.Graph, linears: Linears) -> list[Segment]:
@@ -167,16 +180,18 @@ def advance(
             del batch[name]
 
 
-def quantized_constants(segment: Segment, table: EncodingTable) -> dict[str, Tensor]:
+def quantized_constants(
+    segment: Segment, table: EncodingTable, but: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Name → real value of the codes, of each encoded constant that a segment's nodes take.
 
-    Biases are left out: at 32 bits their error is nothing.
+    Those named in ``but`` are left out. Biases are left out: at 32 bits their error is nothing.
     """
     found: dict[str, Tensor] = {}
     for node in segment.nodes:
         for value in node.inputs:
             array = constant_array(value) if value is not None and value.is_initializer() else None
-            if value is None or array is None or value.name in found:
+            if value is None or array is None or value.name in found or value.name in but:
                 continue
             name = name_of(value)
             if name in table and table[name].spec.bits < 32:

@@ -145,9 +145,9 @@ def test_a_massive_token_does_not_drown_the_others() -> None:
     massive = rows.clone()
     massive[0] *= 1e4
     most = 16 * float(massive.square().sum(dim=1).median())
-    plain = second_moment(iter([rows[1:]]))
-    found = second_moment(iter([massive]))
+    plain = second_moment([rows[1:]])
+    found = second_moment([massive])
     extra = (found - plain).trace()
     assert float(extra) == pytest.approx(most, rel=0.01)
-    halves = second_moment(iter([rows[1:32], rows[32:]]))
+    halves = second_moment([rows[1:32], rows[32:]])
     assert torch.allclose(halves, plain, rtol=1e-5)
