@@ -55,10 +55,20 @@ class Scheme:
 
 @dataclass(slots=True)
 class BitPlan:
-    """Value name → what it is to be encoded as. Weights, constants and activations alike."""
+    """Value name → what it is to be encoded as. Weights, constants and activations alike.
+
+    Attributes:
+        scheme: its name.
+        specs: in graph order.
+        sensitivities: input of a down projection → its relative error at few bits
+            (``qnpu.runtime_check.sensitivity``); empty where it was not measured.
+        promoted: those that were given more bits for it, most sensitive first.
+    """
 
     scheme: str = ""
     specs: dict[str, QuantSpec] = field(default_factory=dict)
+    sensitivities: dict[str, float] = field(default_factory=dict)
+    promoted: tuple[str, ...] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
@@ -75,6 +85,8 @@ class BitPlan:
             "format": "qnpu-bit-plan",
             "version": 1,
             "scheme": self.scheme,
+            "sensitivities": self.sensitivities,
+            "promoted": list(self.promoted),
             "tensors": {name: spec_to_json(spec) for name, spec in self.specs.items()},
         }
 

@@ -129,6 +129,12 @@ def _compile(
     down_bits: Annotated[
         int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
     ] = None,
+    promote: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of down projections that keep 16 bits at --down-bits 8. Default: 0."
+        ),
+    ] = None,
     rotate: Annotated[
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Fuse rotations into a decoder's weights."),
@@ -208,6 +214,7 @@ def _compile(
         "learn_windows": learn_windows,
         "learn_steps": learn_steps,
         "down_bits": down_bits,
+        "promote": promote,
         "rotate": rotate,
         "rotate_caches": rotate_caches,
         "online": tuple(online.split(",") if online else ()) if online is not None else None,

@@ -24,6 +24,8 @@ class CompileConfig:
     Attributes:
         scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
         down_bits: bits of the inputs of down projections, 8 or 16.
+        promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
+            is 8: those that lose most at 8 bits.
         target: name of a target profile.
         emit: further files to write, by name (see ``qnpu.compiler.emit``).
         calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
@@ -56,6 +58,7 @@ class CompileConfig:
 
     scheme: str = "w8a16"
     down_bits: int = 16
+    promote: float = 0.0
     target: str = DEFAULT_TARGET
     emit: tuple[str, ...] = ()
     calib: str = ""
@@ -88,6 +91,10 @@ class CompileConfig:
             emission(name)
         if self.down_bits not in (8, 16):
             _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
+        if not 0 <= self.promote <= 1:
+            _fail("promote", f"{self.promote:g} is not between 0 and 1")
+        if self.promote and self.down_bits == 16:
+            _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "nearest"])
         _check_choice("learn", self.learn, ["none", "blockwise"])

@@ -91,6 +91,7 @@ def default_passes(
         FoldNormScale(),
         FuseRotation(seed=config.seed, rotate_caches=config.rotate_caches),
     ]
+    measured = FirstRuns(calibration, config.calib_windows)
     online: list[Pass] = [InsertHadamard(config.online, config.seed)]
     rounding: list[Pass] = [
         RoundWeights(FirstRuns(calibration, config.learn_windows), progress=progress)
@@ -108,9 +109,9 @@ def default_passes(
         *canonical_passes(config),
         *(rotations if config.rotate else []),
         *(online if config.online else []),
-        AssignBitWidths(config.bits_by_role),
+        AssignBitWidths(config.bits_by_role, config.promote, measured, progress),
         CalibrateRanges(
-            FirstRuns(calibration, config.calib_windows),
+            measured,
             RangeMethod(config.range_method),
             progress=progress,
         ),
@@ -292,6 +293,8 @@ def write_result(
     found: dict[str, object] = {
         "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
+        "sensitivities": result.bit_plan.sensitivities,
+        "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],
     }
     plan: dict[str, Writer] = {

@@ -1092,6 +1092,36 @@ class QuantizedInput(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NothingToPromote(Rule):
+    """What it checks
+        With ``--promote`` the graph has down projections: linears that take what an activation
+        function made, and join the residual stream.
+
+    Why it matters
+        There is nothing to measure, and no input gets more bits than the scheme gives it.
+
+    Example
+        ```console
+        qnpu-compile cnn.onnx --scheme w8a8 --down-bits 8 --promote 0.1 --calib images.npz
+        ```
+
+    How to fix
+        Leave ``--promote`` out, or give all inputs more bits with ``--scheme w8a16``.
+    """
+
+    code: ClassVar[str] = "QN505"
+    name: ClassVar[str] = "nothing-to-promote"
+    severity: ClassVar[Severity] = Severity.WARNING
+    share: float
+
+    def message(self) -> str:
+        return f"promote {self.share:g} has no effect: the graph has no down projections"
+
+    def help(self) -> str:
+        return "leave --promote out, or give all inputs more bits with --scheme w8a16"
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffFailed(Rule):
     """What it checks
         The vendor's compiler makes the file that ``--emit`` asks for.

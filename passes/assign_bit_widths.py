@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from qnpu.compiler.bit_plan import BitPlan, Scheme
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_checks import non_finite_weights
 from qnpu.compiler.graph_edit import like, name_of, unique_initializer_name
 from qnpu.compiler.op_traits import (
     Linear,
@@ -19,7 +22,7 @@ from qnpu.compiler.op_traits import (
     is_parameter,
     layout_inputs,
 )
-from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
 from qnpu.compiler.quant_types import PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.roles import (
     activations,
@@ -30,6 +33,10 @@ from qnpu.compiler.roles import (
     is_requantize_point,
     joins_residual,
 )
+from qnpu.compiler.rotated_caches import turn_caches
+from qnpu.compiler.rules import NothingToPromote
+from qnpu.runtime_check.feeds import FeedSource
+from qnpu.runtime_check.sensitivity import most_sensitive, relative_errors
 
 SIGNS = QuantSpec(8, True, True, PerTensor())
 """Of the matrix of an online rotation."""
@@ -63,10 +70,21 @@ class AssignBitWidths(Pass):
     are 32 bits, derived from input and weight. An initializer used in two roles is given a second
     name; the data is not copied.
 
+    With ``promote`` the graph runs on data first, and the inputs of down projections that lose most
+    at ``down_bits`` get ``other_bits`` instead: the share of them with the greatest mean relative
+    error (quantnpu.md §1, paper Eq. 4).
+
     Must not fire where an input already has the width its consumer wants.
+
+    Raises:
+        DiagnosticError: with ``promote``: QN107 a weight, QN304 such an input is NaN or infinite;
+            QN301, QN305 the data do not fit the graph's inputs.
 
     Attributes:
         scheme: bits by role.
+        promote: share of the down projections, 0 to 1, that get wide inputs all the same.
+        data: what to measure on; None: nothing is promoted.
+        progress: called with fraction done.
     """
 
     name: ClassVar[str] = "assign-bit-widths"
@@ -74,22 +92,53 @@ class AssignBitWidths(Pass):
     produces: ClassVar[Stage] = Stage.PLANNED
 
     scheme: Scheme
+    promote: float = 0.0
+    data: FeedSource | None = None
+    progress: ProgressCallback = no_progress
 
     def run(self, compilation: Compilation) -> int:
         graph = compilation.graph
         linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
         count = _separate_roles(graph, linears)
         linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
-        wanted = _Widths(graph, self.scheme, linears)
+        ratios = self._sensitivities(compilation, linears)
+        promoted = most_sensitive(ratios, self.promote)
+        wanted = _Widths(graph, self.scheme, linears, promoted)
         count += wanted.insert_requantize_points()
-        previous = dict(compilation.bit_plan.specs)
-        compilation.bit_plan = self._plan(compilation, wanted, linears)
-        return count + int(previous != compilation.bit_plan.specs)
+        previous = compilation.bit_plan
+        plan = BitPlan(self.scheme.name, sensitivities=ratios, promoted=promoted)
+        self._fill(plan, compilation, wanted, linears)
+        compilation.bit_plan = plan
+        return count + int(previous.specs != plan.specs)
 
-    def _plan(
-        self, compilation: Compilation, wanted: _Widths, linears: dict[ir.Node, Linear]
-    ) -> BitPlan:
-        plan = BitPlan(self.scheme.name)
+    def _sensitivities(
+        self, compilation: Compilation, linears: dict[ir.Node, Linear]
+    ) -> dict[str, float]:
+        """Input of each down projection → its relative error; empty where nobody asks."""
+        if not self.promote or self.data is None or self.scheme.down_bits >= self.scheme.other_bits:
+            return {}
+        sources = [_wide(item.activation) for item in linears.values() if is_down_projection(item)]
+        names = list(dict.fromkeys(name_of(value) for value in sources))
+        known = compilation.bit_plan.sensitivities
+        if not names:
+            compilation.diagnostics.append(NothingToPromote(self.promote).at())
+        if not names or set(known) == set(names):  # measured by an earlier run
+            return dict(known)
+        model = compilation.model
+        faults = non_finite_weights(model.graph)
+        if faults:
+            raise DiagnosticError(faults)
+        batches = [turn_caches(model, feeds) for feeds in self.data.feeds(model.graph.inputs)]
+        spec = compilation.target.activation_spec(self.scheme.down_bits)
+        return relative_errors(model, batches, names, spec, progress=self.progress)
+
+    def _fill(
+        self,
+        plan: BitPlan,
+        compilation: Compilation,
+        wanted: _Widths,
+        linears: dict[ir.Node, Linear],
+    ) -> None:
         head = next((node for node in reversed(list(linears)) if _reaches_output(node)), None)
         roles: dict[str, QuantSpec] = {}
         for node, linear in linears.items():
@@ -106,16 +155,22 @@ class AssignBitWidths(Pass):
             for value in group:
                 spec = kind(bits)
                 plan.specs[name_of(value)] = roles.get(name_of(value), spec)
-        return plan
 
 
 class _Widths:
     """Activation widths by role, and the requantize points that keep them apart."""
 
-    def __init__(self, graph: ir.Graph, scheme: Scheme, linears: dict[ir.Node, Linear]) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        scheme: Scheme,
+        linears: dict[ir.Node, Linear],
+        promoted: Collection[str],
+    ) -> None:
         self._graph = graph
         self._scheme = scheme
         self._linears = linears
+        self._promoted = promoted
         self._bits: dict[ir.Value, int] = {}
         self._group_bits: dict[ir.Value, int] = {}
         self._made: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -151,7 +206,7 @@ class _Widths:
         return count
 
     def _input_bits(self, linear: Linear) -> int:
-        if is_online_rotation(linear):
+        if is_online_rotation(linear) or name_of(_wide(linear.activation)) in self._promoted:
             return self._scheme.other_bits
         return self._scheme.down_bits if is_down_projection(linear) else self._scheme.linear_bits
 
@@ -221,6 +276,14 @@ class _Widths:
             elif is_dynamic_matmul(node) and index == 1:
                 asked.append(self._scheme.kv_bits)
         return min(asked)
+
+
+def _wide(value: ir.Value) -> ir.Value:
+    """What a requantize point narrows; any other value itself."""
+    producer = value.producer()
+    if producer is None or not is_requantize_point(producer) or producer.inputs[0] is None:
+        return value
+    return _wide(producer.inputs[0])
 
 
 def _hand_out(graph: ir.Graph, wide: ir.Value, narrow: ir.Value) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from qnpu.compiler.bit_plan import Scheme
+from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.op_traits import encoding_groups
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.printer import model_to_text
 from qnpu.compiler.target import load_target
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
-from tests.conftest import parse
+from qnpu.passes.insert_hadamard import InsertHadamard
+from qnpu.runtime_check.feeds import ArraySamples
+from tests.conftest import Array, normal, parse
 
 W = "float[2, 2] w = {1, 2, 3, 4}"
 MATRIX = "g (float[2, 2] x) => (float[2, 2] y)"
@@ -360,6 +364,120 @@ def test_a_scheme_may_narrow_down_projections_too() -> None:
     AssignBitWidths(Scheme("all8", 8, 8, down_bits=8)).run(compilation)
     assert "down = MatMul(same_requantized, d)" in body(compilation)
     assert specs(compilation)["same_requantized"] == U8
+
+
+# two layers; the second one's down projection takes what b multiplies
+STACKED = f"""
+    g (float[2, 2] x, float[2, 2] b) => (float[2, 2] y)
+    <{W}, {V}, float[2, 2] d = {{1, -2, 2, 1}},
+     float[2, 2] e = {{1, 3, 2, 1}}, float[2, 2] h = {{1, 1, 2, 1}}, int64[2] shape = {{2, 2}}>
+    {{
+        one = MatMul(x, w)
+        p1 = Relu(one)
+        d1 = MatMul(p1, d)
+        s1 = Add(x, d1)
+        two = MatMul(s1, v)
+        p2 = Mul(two, b)
+        r2 = Reshape(p2, shape)
+        d2 = MatMul(r2, e)
+        s2 = Add(s1, d2)
+        y = MatMul(s2, h)
+    }}
+"""
+NARROW_DOWN = Scheme("all8", 8, 8, down_bits=8)
+
+
+def massive(place: float) -> ArraySamples:
+    """Samples whose second down projection alone takes one massive number."""
+    x, b = normal(8, 2), normal(8, 2, seed=1)
+    b[3, 1] = place
+    return ArraySamples({"x": np.abs(x) + np.float32(0.5), "b": b})
+
+
+def promoted(
+    text: str, data: ArraySamples | None, share: float, scheme: Scheme = NARROW_DOWN
+) -> Compilation:
+    """Runs the pass twice; the second run changes nothing, even without data."""
+    compilation = Compilation(parse(text))
+    AssignBitWidths(scheme, share, data).run(compilation)
+    compilation.stage = Stage.PLANNED
+    verify_stage(compilation)
+    before = model_to_text(compilation.model), compilation.bit_plan.to_json()
+    assert AssignBitWidths(scheme, share, data).run(compilation) == 0
+    assert (model_to_text(compilation.model), compilation.bit_plan.to_json()) == before
+    return compilation
+
+
+def test_the_most_sensitive_down_projection_keeps_a_wide_input() -> None:
+    compilation = promoted(STACKED, massive(1e5), 0.5)
+    plan = compilation.bit_plan
+    assert list(plan.sensitivities) == ["p1", "r2"]
+    assert plan.sensitivities["p1"] < 0.1
+    assert plan.sensitivities["r2"] > 0.5
+    assert plan.promoted == ("r2",)
+    lines = body(compilation)
+    assert "d1 = MatMul(p1_requantized, d)" in lines
+    assert "d2 = MatMul(r2, e)" in lines
+    assert (specs(compilation)["p1_requantized"], specs(compilation)["r2"]) == (U8, U16)
+    json_plan = plan.to_json()
+    assert json_plan["sensitivities"] == plan.sensitivities
+    assert json_plan["promoted"] == ["r2"]
+
+
+@pytest.mark.parametrize(("share", "names"), [(0.2, ()), (0.5, ("r2",)), (1.0, ("r2", "p1"))])
+def test_how_many_are_promoted(share: float, names: tuple[str, ...]) -> None:
+    compilation = promoted(STACKED, massive(1e5), share)
+    assert compilation.bit_plan.promoted == names
+    inputs = [node.inputs[0] for node in compilation.graph if node.name in ("d1", "d2")]
+    widths = {specs(compilation)[v.name or ""] for v in inputs if v is not None}
+    assert widths <= {U8, U16}
+    points = [line for line in body(compilation) if "Identity(p1)" in line or "(r2)" in line]
+    assert len(points) == 2 - len(names)
+
+
+@pytest.mark.parametrize(
+    ("share", "data", "scheme"),
+    [
+        (0.0, massive(1e5), NARROW_DOWN),  # nobody asks
+        (0.5, None, NARROW_DOWN),  # nothing to measure on
+        (0.5, massive(1e5), Scheme.parse("w8a8")),  # wide already
+    ],
+)
+def test_nothing_is_measured(share: float, data: ArraySamples | None, scheme: Scheme) -> None:
+    plan = promoted(STACKED, data, share, scheme).bit_plan
+    assert (plan.sensitivities, plan.promoted) == ({}, ())
+
+
+def test_a_promoted_input_that_is_rotated_online() -> None:
+    """Measured behind the rotation, where 8 bits would be; the rotation then hands out 16."""
+    compilation = Compilation(parse(STACKED))
+    assert InsertHadamard(("r4",)).run(compilation) == 2
+    AssignBitWidths(NARROW_DOWN, 0.5, massive(1e5)).run(compilation)
+    plan = compilation.bit_plan
+    assert len(plan.sensitivities) == 2
+    assert plan.promoted == (max(plan.sensitivities, key=plan.sensitivities.__getitem__),)
+    for name in plan.sensitivities:
+        assert plan[name].bits == (16 if name in plan.promoted else 8)
+
+
+def test_a_graph_without_down_projections_says_so() -> None:
+    data = ArraySamples({"x": normal(1, 2)})
+    compilation = promoted(NORM_THEN_LINEARS, data, 0.5)
+    assert {item.code for item in compilation.diagnostics} == {"QN505"}
+    assert compilation.bit_plan.promoted == ()
+
+
+def fault(data: dict[str, Array], text: str = STACKED) -> list[str]:
+    with pytest.raises(DiagnosticError) as caught:
+        AssignBitWidths(NARROW_DOWN, 0.5, ArraySamples(data)).run(Compilation(parse(text)))
+    return caught.value.codes
+
+
+def test_faults_of_data_and_weights() -> None:
+    x = np.ones((2, 2), np.float32)
+    assert fault({"x": x}) == ["QN301"]
+    assert fault({"x": x, "b": np.full((2, 2), np.inf, np.float32)}) == ["QN304"]
+    assert fault({"x": x, "b": x}, STACKED.replace("{1, 3, 2, 1}", "{1, nan, 2, 1}")) == ["QN107"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def test_a_plan_keeps_its_order() -> None:
         "format": "qnpu-bit-plan",
         "version": 1,
         "scheme": "w4a16",
+        "sensitivities": {},
+        "promoted": [],
         "tensors": {
             "b": {"bits": 4, "signed": True, "symmetric": True, "axis": 0},
             "a": {"bits": 16, "signed": False, "symmetric": False},

@@ -101,6 +101,11 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"scheme": "w3a8"}, "QN501"),
         ({"target": "nokia-3310"}, "QN502"),
         ({"range_method": "guess"}, "QN503"),
+        ({"down_bits": 4}, "QN503"),
+        ({"down_bits": 8, "promote": -0.1}, "QN503"),
+        ({"down_bits": 8, "promote": 1.1}, "QN503"),
+        ({"down_bits": 8, "promote": float("nan")}, "QN503"),
+        ({"promote": 0.1}, "QN503"),  # all have 16 bits already
         ({"bos": "maybe"}, "QN503"),
         ({"exporter": "by-hand"}, "QN503"),
         ({"online": ("r2",)}, "QN503"),
@@ -125,7 +130,13 @@ def test_values_that_cannot_be_meant(options: dict[str, Any], code: str) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"eval_windows": 0}, {"seq_len": 2}, {"mask_value": -9999.0}, {"freeze_dims": {"N": 0}}],
+    [
+        {"eval_windows": 0},
+        {"seq_len": 2},
+        {"mask_value": -9999.0},
+        {"freeze_dims": {"N": 0}},
+        {"down_bits": 8, "promote": 1},
+    ],
 )
 def test_values_at_the_edge(options: dict[str, Any]) -> None:
     CompileConfig(**options)

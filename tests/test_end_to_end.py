@@ -7,6 +7,7 @@ random weights and 64 features, so they say whether something is wrong, not how 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -176,6 +177,38 @@ def test_widths_follow_the_scheme(architecture: str, name: str, compiled: Compil
     assert all(second == scheme.kv_bits for _, second in attentions)
     # weights of the softmax; queries may be narrow where a linear makes them
     assert all(first == scheme.other_bits for first, _ in attentions[1::2])
+
+
+def test_a_share_of_the_down_projections_keeps_wide_inputs(export: Export, tmp_path: Path) -> None:
+    """In the file, that is behind every pass; and what it was decided on is written down."""
+    config = CompileConfig(scheme="w8a8", down_bits=8, promote=0.5, seq_len=TOKENS)
+    result = compile_model(load_onnx(export("llama")), config, WINDOWS)
+    ratios = result.bit_plan.sensitivities
+    (promoted,) = result.bit_plan.promoted
+    assert len(ratios) == 2
+    assert ratios[promoted] == max(ratios.values())
+    widths = [
+        operand_bits(node)
+        for node in result.model.graph
+        if node.op_type == "MatMul" and node.inputs[1] in weights_of(result.model)
+    ]
+    assert [first for first, _ in widths].count(16) == 1
+    write_result(tmp_path, result, make_handout(result.model), checked(result), {})
+    for name in ("report.json", "bit_plan.json"):
+        written = json.loads((tmp_path / name).read_text("utf-8"))
+        assert written["sensitivities"] == ratios
+        assert written["promoted"] == [promoted]
+
+
+def weights_of(model: ir.Model) -> set[ir.Value | None]:
+    """What is dequantized from constants."""
+    return {
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type == "DequantizeLinear"
+        and node.inputs[0] is not None
+        and node.inputs[0].is_initializer()
+    }
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
