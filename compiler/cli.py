@@ -143,6 +143,13 @@ def _compile(
         str | None,
         typer.Option(help="Rotations to run online: r3 (queries, keys), r4 (down inputs), r3,r4."),
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in front of every text, as constants: none, auto, or ids a,b. "
+            f"Default: {_DEFAULTS.prefix}."
+        ),
+    ] = None,
     rotate_caches: Annotated[
         bool | None,
         typer.Option(
@@ -218,6 +225,7 @@ def _compile(
         "rotate": rotate,
         "rotate_caches": rotate_caches,
         "online": tuple(online.split(",") if online else ()) if online is not None else None,
+        "prefix": prefix,
         "seed": seed,
         "mask_value": mask_value,
         "integer_io": integer_io,

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from qnpu.compiler.bit_plan import CHOSEN_BITS, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
+from qnpu.compiler.prefix import parse_prefix
 from qnpu.compiler.rules import InvalidConfig, MissingFile
 from qnpu.compiler.target import DEFAULT_TARGET, load_target
 from qnpu.runtime_check.observer import RangeMethod
@@ -43,6 +44,8 @@ class CompileConfig:
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
         rotate_caches: rotate attention values that a cache holds too.
+        prefix: tokens to put in front of every text as constants: ``none``, ``auto`` (those that
+            leave the fewest outliers), or ids, ``1,2``.
         mask_value: constant that replaces minus infinity in attention masks, real; None: the
             target's.
         integer_io: graph inputs and outputs with an encoding are codes, not real numbers.
@@ -73,6 +76,7 @@ class CompileConfig:
     rotate: bool = True
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
+    prefix: str = "none"
     mask_value: float | None = None
     integer_io: bool = False
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
@@ -102,6 +106,7 @@ class CompileConfig:
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
             _check_choice("online", rotation, ["r3", "r4"])
+        _check_prefix(self.prefix)
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("learn_windows", self.learn_windows, 1)
         _check_least("learn_steps", self.learn_steps, 1)
@@ -176,3 +181,10 @@ def _check_choice(key: str, value: str, choices: list[str]) -> None:
 def _check_least(key: str, value: int, least: int) -> None:
     if value < least:
         _fail(key, f"{value} is less than {least}")
+
+
+def _check_prefix(text: str) -> None:
+    try:
+        parse_prefix(text)
+    except ValueError:
+        _fail("prefix", f"`{text}` is neither auto, none nor token ids such as 1,2")

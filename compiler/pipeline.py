@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from qnpu.compiler.pass_base import (
     no_progress,
     run_passes,
 )
+from qnpu.compiler.prefix import parse_prefix, prefix_of
 from qnpu.compiler.rotated_caches import rotated_caches, turn_caches
 from qnpu.compiler.target import load_target
 from qnpu.compiler.topology import DecoderTopology, discover
@@ -46,6 +48,7 @@ from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.fuse_normalization import FuseNormalization
 from qnpu.passes.fuse_rotation import FuseRotation
 from qnpu.passes.insert_hadamard import InsertHadamard
+from qnpu.passes.insert_prefix import InsertPrefix
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.learn_scales import LearnScales
 from qnpu.passes.legalize_target import LegalizeTarget
@@ -63,6 +66,7 @@ from qnpu.runtime_check.session import Array, Feeds, Mode, cpu_flags, open_sessi
 MODEL_NAME = "model.qdq.onnx"
 ENCODINGS_NAME = "encodings.json"
 LOGITS = "logits"
+_PREFIX_WINDOWS = 4
 _PACKAGES = ("qnpu", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
 
@@ -93,6 +97,11 @@ def default_passes(
     ]
     measured = FirstRuns(calibration, config.calib_windows)
     online: list[Pass] = [InsertHadamard(config.online, config.seed)]
+    prefix: list[Pass] = [
+        InsertPrefix(
+            FirstRuns(calibration, _PREFIX_WINDOWS), parse_prefix(config.prefix), progress=progress
+        )
+    ]
     rounding: list[Pass] = [
         RoundWeights(FirstRuns(calibration, config.learn_windows), progress=progress)
     ]
@@ -109,6 +118,7 @@ def default_passes(
         *canonical_passes(config),
         *(rotations if config.rotate else []),
         *(online if config.online else []),
+        *(prefix if config.prefix != "none" else []),
         AssignBitWidths(config.bits_by_role, config.promote, measured, progress),
         CalibrateRanges(
             measured,
@@ -144,6 +154,8 @@ class CompileResult:
         diagnostics: notes and warnings.
         rewrites: pass name → how many places it changed.
         legalized: what legalize-target did to which node.
+        unprefixed_model: the graph just before a prefix went in, None where none did; shares its
+            weights.
     """
 
     model: ir.Model
@@ -154,6 +166,7 @@ class CompileResult:
     diagnostics: list[Diagnostic]
     rewrites: dict[str, int]
     legalized: list[Legalized] = field(default_factory=list)
+    unprefixed_model: ir.Model | None = None
 
 
 def compile_model(
@@ -177,13 +190,16 @@ def compile_model(
     """
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
+    passes = default_passes(config, calibration, progress, record)
+    before_prefix = next(
+        (a.name for a, b in itertools.pairwise(passes) if b.name == InsertPrefix.name), ""
+    )
 
     def after_pass(done: Pass) -> None:
         verify_stage(compilation)
-        if done.name in (FreezeShapes.name, UnifyEncodings.name):
+        if done.name in (FreezeShapes.name, UnifyEncodings.name, before_prefix):
             snapshots[done.name] = model.clone()
 
-    passes = default_passes(config, calibration, progress, record)
     rewrites = run_passes(passes, compilation, after_pass=after_pass)
     return CompileResult(
         model=model,
@@ -194,6 +210,7 @@ def compile_model(
         diagnostics=compilation.diagnostics,
         rewrites=rewrites,
         legalized=compilation.legalized,
+        unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
     )
 
 
@@ -204,7 +221,8 @@ class CheckResult:
     Attributes:
         tensors: float against dequantized, one calibration batch, in graph order.
         source_error: max |Δ| of any output between the graph as loaded and the float graph the
-            encodings were made for, relative to max |output|; rotated caches are turned back first.
+            encodings were made for, relative to max |output|; rotated caches are turned back first,
+            and a prefix is left out.
         perplexity: ``float`` and ``qdq``; empty for a graph that is no language model.
     """
 
@@ -241,7 +259,10 @@ def check_result(
 
 
 def _source_error(result: CompileResult, batch: Feeds) -> float:
-    """Largest relative difference of an output; a source with control flow must run whole."""
+    """Largest relative difference of an output; a source with control flow must run whole.
+
+    Behind a prefix outputs differ: insert-prefix has compared those itself.
+    """
     names = {name_of(value) for value in result.source_model.graph.outputs}
     if control_flow(result.source_model.graph):
         session = open_session(result.source_model, Mode.REFERENCE)
@@ -250,9 +271,10 @@ def _source_error(result: CompileResult, batch: Feeds) -> float:
     else:
         expected = dict(_streamed(result.source_model, batch, names))
     worst = 0.0
-    rotated = turn_caches(result.float_model, batch)
-    caches = rotated_caches(result.float_model)
-    for name, found in _streamed(result.float_model, rotated, names):
+    final = result.unprefixed_model or result.float_model
+    rotated = turn_caches(final, batch)
+    caches = rotated_caches(final)
+    for name, found in _streamed(final, rotated, names):
         reference = expected[name]
         actual = caches[name].apply(found, back=True) if name in caches else found
         peak = float(np.abs(reference).max()) if reference.size else 0.0
@@ -290,9 +312,11 @@ def write_result(
     Raises:
         DiagnosticError: QN901, QN902.
     """
+    prefix = prefix_of(result.float_model)
     found: dict[str, object] = {
         "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
+        "prefix": prefix.to_json() if prefix is not None else None,
         "sensitivities": result.bit_plan.sensitivities,
         "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],

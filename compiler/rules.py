@@ -972,6 +972,72 @@ class LearningDiverged(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixLeftOut(Rule):
+    """What it checks
+        What ``--prefix`` asks for can be done: the graph takes token ids, its attention is
+        understood, keys depend on positions by RoPE alone, and some tokens stand out.
+
+    Why it matters
+        Without the prefix the first token of a text has massive activations, and ranges must hold
+        them.
+
+    Example
+        ```console
+        qnpu-compile gpt2.onnx --prefix auto    # learned positions: its keys cannot be moved
+        ```
+
+    How to fix
+        Nothing is wrong; the graph stays as it is. Leave inputs of down projections at 16 bits.
+    """
+
+    code: ClassVar[str] = "QN310"
+    name: ClassVar[str] = "prefix-left-out"
+    severity: ClassVar[Severity] = Severity.WARNING
+    reason: str
+
+    def message(self) -> str:
+        return f"no prefix is put in front: {self.reason}"
+
+    def help(self) -> str:
+        return "nothing is wrong; the graph stays as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixInserted(Rule):
+    """What it checks
+        Reports the tokens whose keys and values stand in front of every text as constants.
+
+    Why it matters
+        The graph's results are those of the text behind these tokens; a text need not, and should
+        not, begin with them again.
+
+    Example
+        ```console
+        qnpu-compile smollm2-135m --prefix auto
+        ```
+
+    How to fix
+        Nothing is wrong; ``--prefix none`` leaves them out, ``--prefix ID,ID`` takes others.
+    """
+
+    code: ClassVar[str] = "QN311"
+    name: ClassVar[str] = "prefix-inserted"
+    severity: ClassVar[Severity] = Severity.NOTE
+    ids: str
+    before: int
+    after: int
+
+    def message(self) -> str:
+        return (
+            f"every text stands behind token {self.ids}: outliers in the inputs of down"
+            f" projections go from {self.before} to {self.after}"
+        )
+
+    def help(self) -> str:
+        return "nothing to do; --prefix none leaves it out"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is of the form w{4,8}a{8,16}.

@@ -224,7 +224,7 @@ class _Widths:
         operand = node.inputs[index]
         producer = operand.producer() if operand is not None else None
         tied = layout_inputs(producer) if producer is not None else []
-        if operand is None:
+        if operand is None or operand.is_initializer():  # a constant is written as narrow as it is
             return 0
         if producer is not None and tied and all(_is_keys_or_values(v) for v in tied):
             return sum(
