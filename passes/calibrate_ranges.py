@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
@@ -14,22 +16,26 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.hadamard import is_scaled_hadamard
 from qnpu.compiler.op_traits import (
     FIXED_RANGES,
+    Linear,
+    as_linear,
     is_float,
     is_layout_copy,
     is_standard,
+    layout_inputs,
     normalized_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
 from qnpu.compiler.rotated_caches import turn_caches
+from qnpu.compiler.rotated_weights import rotated_weights
 from qnpu.compiler.rules import NonFiniteActivation
+from qnpu.compiler.topology import as_feature_linear, input_axis
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.observer import Observer, RangeMethod, channel_range
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
 from qnpu.runtime_check.session import Feeds
 
-# At 4 bits clipping the tails of a channel gains more than it loses; at 8 it does not.
-_SEARCH_BITS = 4
+Weights = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class CalibrateRanges(Pass):
     measured either: s = (high - low) / 2^b, so that the scale is a power of two. The matrix of an
     online rotation, ±s, has the scale s and codes ±1, without error.
 
+    How a range is taken is ``method``'s; some tell tensors that a rotation has reached from others
+    (quantnpu.md §2): inputs of q, k, v, o, gate, up and lm_head where R1 and R2 were fused, of down
+    projections behind R4, and the weights that took the rotations up.
+
     Peak memory: the model's weights, one segment's activations of one batch, and the values that
     cross a segment border for all batches.
 
@@ -51,7 +61,7 @@ class CalibrateRanges(Pass):
 
     Attributes:
         data: what to run the graph on.
-        method: range of activations.
+        method: how ranges of activations and of channels of weights are taken.
         segment_bytes: activations per segment.
         progress: called with fraction done.
     """
@@ -67,7 +77,7 @@ class CalibrateRanges(Pass):
 
     def run(self, compilation: Compilation) -> int:
         before = len(compilation.encodings)
-        _encode_constants(compilation)
+        _encode_constants(compilation, self.method)
         _encode_fixed(compilation)
         model = compilation.model
         batches = [turn_caches(model, feeds) for feeds in self.data.feeds(model.graph.inputs)]
@@ -83,17 +93,17 @@ class CalibrateRanges(Pass):
             for value in node.outputs
             if name_of(value) in plan and name_of(value) not in table and not is_layout_copy(value)
         }
+        make = self._observers(compilation)
         for value in graph.inputs:
             if name_of(value) in plan:
-                self._encode_input(name_of(value), batches, compilation)
-        normalized = {name_of(v) for node in graph for v in normalized_inputs(node)}
+                _encode_input(name_of(value), make(name_of(value)), batches, compilation)
         observers: dict[str, Observer] = {}
         runner = SegmentRunner(compilation.model, batches, self.segment_bytes)
         total = len(runner.segments) * len(batches)
         for done, step in enumerate(runner.stream(wanted), start=1):
             for name, array in step.values.items():
                 if name not in observers:
-                    observers[name] = Observer(self.method, name in normalized)
+                    observers[name] = make(name)
                 observers[name].look(array)
             if step.last:  # no later segment sees these tensors again
                 for name, observer in observers.items():
@@ -102,11 +112,70 @@ class CalibrateRanges(Pass):
             self.progress("calibrate", done / total)
         self.progress("calibrate", 1.0)
 
-    def _encode_input(self, name: str, batches: Sequence[Feeds], compilation: Compilation) -> None:
-        observer = Observer(self.method)
-        for feeds in batches:
-            observer.look(feeds[name])
-        _encode(name, observer, compilation)
+    def _observers(self, compilation: Compilation) -> Callable[[str], Observer]:
+        """What makes the observer of a value."""
+        graph = compilation.graph
+        normalized = {name_of(v) for node in graph for v in normalized_inputs(node)}
+        rotated = _rotated_inputs(compilation.model)
+        searches = self.method is RangeMethod.SEARCH
+        weights = _feature_weights(graph) if searches else {}
+
+        def make(name: str) -> Observer:
+            return Observer(self.method, name in normalized, name in rotated, weights.get(name))
+
+        return make
+
+
+def _encode_input(
+    name: str, observer: Observer, batches: Sequence[Feeds], compilation: Compilation
+) -> None:
+    for feeds in batches:
+        observer.look(feeds[name])
+    _encode(name, observer, compilation)
+
+
+def _rotated_inputs(model: ir.Model) -> set[str]:
+    """Names of rotated inputs of linears, and of what layout operators copy them from."""
+    marked = rotated_weights(model)
+    pending = [
+        linear.activation
+        for node in model.graph
+        if (linear := as_linear(node)) is not None and marked.takes_rotated(linear)
+    ]
+    names: set[str] = set()
+    while pending:
+        value = pending.pop()
+        names.add(name_of(value))
+        producer = value.producer()
+        pending += layout_inputs(producer) if producer is not None else []
+    return names
+
+
+def _feature_weights(graph: ir.Graph) -> dict[str, Weights]:
+    """What an error of each feature weighs in the results, of values that linears alone take.
+
+    Returns:
+        Value name → Σ_n W_jn² over all linears y = x·W that take it, divided by its mean.
+    """
+    found: dict[str, Weights] = {}
+    for value in {linear.activation for node in graph if (linear := as_feature_linear(node))}:
+        linears = [as_feature_linear(user) for user in value.consumers()]
+        if value.is_graph_output() or any(linear is None for linear in linears):
+            continue
+        total = sum(_row_energy(linear) for linear in linears if linear is not None)
+        if isinstance(total, np.ndarray) and total.mean() > 0:
+            found[name_of(value)] = total / total.mean()
+    return found
+
+
+def _row_energy(linear: Linear) -> Weights:
+    """Σ_n W_jn² for each input feature j, shape (features,)."""
+    array = constant_array(linear.weight)
+    if array is None:
+        raise ValueError(f"initializer {linear.weight.name} has no data")
+    rows = np.moveaxis(array, input_axis(linear), 0).reshape(array.shape[input_axis(linear)], -1)
+    energy: Weights = np.einsum("jn,jn->j", rows, rows, dtype=np.float64)
+    return energy
 
 
 def _encode(name: str, observer: Observer, compilation: Compilation) -> None:
@@ -116,25 +185,32 @@ def _encode(name: str, observer: Observer, compilation: Compilation) -> None:
     compilation.encodings[name] = Encoding.from_range(spec, *observer.value_range(spec))
 
 
-def _encode_constants(compilation: Compilation) -> None:
+def _encode_constants(compilation: Compilation, method: RangeMethod) -> None:
     """Weights per channel, other constants per tensor; 32-bit biases wait for their inputs."""
     plan, table = compilation.bit_plan, compilation.encodings
     faults = non_finite_weights(compilation.graph)
     if faults:
         raise DiagnosticError(faults)
+    marked = rotated_weights(compilation.model)
+    merged = {
+        name_of(linear.weight)
+        for node in compilation.graph
+        if (linear := as_linear(node)) is not None and marked.is_merged(linear)
+    }
     for name, value in compilation.graph.initializers.items():
         array = constant_array(value)
         if name not in plan or name in table or array is None or not is_float(value):
             continue
         spec = plan[name]
         if spec.bits < 32:
-            table[name] = _encode_constant(array, spec)
+            table[name] = _encode_constant(array, spec, method, rotated=name in merged)
 
 
-def _encode_constant(array: np.ndarray, spec: QuantSpec) -> Encoding:
+def _encode_constant(
+    array: np.ndarray, spec: QuantSpec, method: RangeMethod, *, rotated: bool
+) -> Encoding:
     if isinstance(spec.granularity, PerChannel):
-        search = spec.bits <= _SEARCH_BITS
-        low, high = channel_range(array, spec, spec.granularity.axis, search=search)
+        low, high = channel_range(array, spec, spec.granularity.axis, method, rotated=rotated)
         return Encoding.from_range(spec, low, high)
     if array.size == 0:
         return Encoding.from_range(spec, 0.0, 0.0)

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, name_of, set_constant
 from qnpu.compiler.hadamard import rotation_matrix
+from qnpu.compiler.op_traits import as_linear
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.rotated_caches import CacheRotation, mark_rotated
+from qnpu.compiler.rotated_weights import mark_rotated_weights
 from qnpu.compiler.rules import NoHadamard, RotatedCache, StreamNotRotated, ValuesNotRotated
 from qnpu.compiler.topology import (
     Blocker,
@@ -112,6 +114,11 @@ class FuseRotation(Pass):
                 rotate_axis(source.bias, 0, rotation)
         for linear in readers:
             rotate_axis(linear.weight, input_axis(linear), rotation)
+        mark_rotated_weights(
+            compilation.model,
+            inputs=[linear.weight for linear in readers],
+            outputs=[source.weight for source in stream.sources if as_linear(source.node)],
+        )
         done.append(f"r1={seed}")
         return 1
 
@@ -157,6 +164,11 @@ class FuseRotation(Pass):
                 caches[name_of(cache)] = CacheRotation(path.head_dim, seed)
         compilation.diagnostics += [RotatedCache(name).at(value=name) for name in caches]
         mark_rotated(compilation.model, caches)
+        mark_rotated_weights(
+            compilation.model,
+            inputs=[path.output.weight for path in paths],
+            outputs=[path.value.weight for path in paths],
+        )
         if paths:
             done.append(f"r2={self.seed}")
         return len(paths)

@@ -10,6 +10,7 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.printer import model_to_text
 from qnpu.compiler.quant_types import QuantSpec
+from qnpu.compiler.rotated_weights import mark_rotated_weights
 from qnpu.compiler.target import load_target
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
@@ -129,10 +130,80 @@ def test_four_bit_weights_are_clipped_eight_bit_ones_are_not() -> None:
         {{ h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }}
     """
     data = ArraySamples({"x": normal(2, 201)})
-    eight, _ = calibrated(text, data)
-    four, _ = calibrated(text, data, scheme="w4a16")
+    eight, _ = calibrated(text, data, method=RangeMethod.MSE)
+    four, _ = calibrated(text, data, scheme="w4a16", method=RangeMethod.MSE)
     np.testing.assert_allclose(eight.encodings["w"].scale, [1 / 127], rtol=1e-6)
     assert 0.4 / 7 < float(four.encodings["w"].scale[0]) < 0.95 / 7
+
+
+# x is copied before the linear takes it, as heads are; the second linear's input is no rotation's
+ROTATED = """
+    g (float[2, 4] x) => (float[2, 4] y)
+    <float[4, 4] w = {1, -2, 2, 1, -3, 6, 4, 5, 1, 1, 1, -4, 1, 3, 2, 1},
+     float[4, 4] v = {1, -2, 2, 1, -3, 6, 4, 5, 1, 1, 1, -4, 1, 3, 2, 1}, int64[2] s = {4, 2}>
+    {
+        a = Neg(x)
+        b = Reshape(a, s)
+        c = Transpose<perm: ints = [1, 0]>(b)
+        d = MatMul(c, w)
+        e = Relu(d)
+        f = MatMul(e, v)
+        y = Relu(f)
+    }
+"""
+
+
+def rotated_calibration(method: RangeMethod, scheme: str = "w8a16") -> Compilation:
+    compilation = Compilation(parse(ROTATED))
+    weight = compilation.graph.initializers["w"]
+    mark_rotated_weights(compilation.model, inputs=[weight])
+    AssignBitWidths(Scheme.parse(scheme)).run(compilation)
+    CalibrateRanges(ArraySamples({"x": normal(64, 4)}), method).run(compilation)
+    return compilation
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_rotated_inputs_take_another_rule(scheme: str) -> None:
+    """PAPER: Mean where rotated, also of what a copy is made from; the rest as Max-Min.
+
+    Where a requantize point narrows the input, that is what the linear takes.
+    """
+    mean = rotated_calibration(RangeMethod.MEAN_3_SIGMA, scheme).encodings
+    extremes = rotated_calibration(RangeMethod.MIN_MAX, scheme).encodings
+    paper = rotated_calibration(RangeMethod.PAPER, scheme).encodings
+    assert set(paper) == set(mean)
+    rotated = {name for name in paper if paper[name].same_as(mean[name])}
+    assert rotated == {"w", "c_requantized" if scheme == "w8a8" else "a"}
+    others = set(paper) - rotated
+    assert all(paper[name].same_as(extremes[name]) for name in others)
+
+
+def test_the_table_at_eight_and_four_bits() -> None:
+    """At 8 Max-Min everywhere; a merged weight of 4 bits takes the Mean, another does not."""
+    wide = rotated_calibration(RangeMethod.TABLE).encodings
+    extremes = rotated_calibration(RangeMethod.MIN_MAX).encodings
+    assert all(wide[name].same_as(extremes[name]) for name in wide)
+    narrow = rotated_calibration(RangeMethod.TABLE, "w4a16").encodings
+    mean = rotated_calibration(RangeMethod.MEAN_3_SIGMA, "w4a16").encodings
+    assert narrow["w"].same_as(mean["w"])
+    assert not narrow["w"].same_as(rotated_calibration(RangeMethod.MIN_MAX, "w4a16").encodings["w"])
+
+
+def test_search_weighs_errors_by_the_weights_of_the_linears_behind() -> None:
+    """A wide feature that both linears take no notice of is clipped."""
+    text = """
+        g (float[2, 2] x) => (float[2, 2] y, float[2, 2] z)
+        <float[2, 2] w = {1e-5, 1e-5, 1, 1}, float[2, 2] v = {0, 1e-5, 2, 1}>
+        { a = Neg(x)  y = MatMul(a, w)  z = MatMul(a, v) }
+    """
+    data = normal(64, 2)
+    data[:, 0] *= 1000
+    samples = ArraySamples({"x": data})
+    heeded, _ = calibrated(text, samples, scheme="w8a8", method=RangeMethod.SEARCH)
+    assert float(heeded.encodings["a_requantized"].high) < 100
+    tapped = text.replace("z = MatMul(a, v)", "z = MatMul(a, v)  t = Neg(a)  u = Relu(t)")
+    shared, _ = calibrated(tapped, samples, scheme="w8a16", method=RangeMethod.SEARCH)
+    assert float(shared.encodings["a"].high) > 1000
 
 
 def test_progress_ends_at_one() -> None:
