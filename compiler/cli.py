@@ -112,7 +112,9 @@ def _compile(
     ] = None,
     learn: Annotated[
         str | None,
-        typer.Option(help="Learn scales and 4-bit codes: none or blockwise. Default: none."),
+        typer.Option(
+            help="Learn scales and 4-bit codes: none, blockwise or end-to-end. Default: none."
+        ),
     ] = None,
     learn_windows: Annotated[
         int | None,
@@ -121,7 +123,39 @@ def _compile(
         ),
     ] = None,
     learn_steps: Annotated[
-        int | None, typer.Option(help=f"Steps per block. Default: {_DEFAULTS.learn_steps}.")
+        int | None, typer.Option(help="Steps, per block (60) or end to end (160).")
+    ] = None,
+    learn_batch: Annotated[
+        int | None, typer.Option(help=f"Windows per step. Default: {_DEFAULTS.learn_batch}.")
+    ] = None,
+    learn_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights learn codes, or scales and rotations (the paper's way, end to end). "
+            f"Default: {_DEFAULTS.learn_weights}."
+        ),
+    ] = None,
+    learn_tensors: Annotated[
+        str | None,
+        typer.Option(help="Learn inputs of rotated linears, or all. Default: rotated."),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the end-to-end loss that is KL to the float model, the rest is "
+            f"cross-entropy. Default: {_DEFAULTS.distill}."
+        ),
+    ] = None,
+    local_loss: Annotated[
+        float | None,
+        typer.Option(help="Part of end-to-end steps with a loss of each activation. Default: 0."),
+    ] = None,
+    learn_sharded: Annotated[
+        bool | None,
+        typer.Option(
+            "--learn-sharded/--learn-replicated",
+            help="Under torchrun, share what is learned out between processes (FSDP).",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what a killed run had learned.")
@@ -220,6 +254,12 @@ def _compile(
         "learn": learn,
         "learn_windows": learn_windows,
         "learn_steps": learn_steps,
+        "learn_batch": learn_batch,
+        "learn_weights": learn_weights,
+        "learn_tensors": learn_tensors,
+        "distill": distill,
+        "local_loss": local_loss,
+        "learn_sharded": learn_sharded,
         "down_bits": down_bits,
         "promote": promote,
         "rotate": rotate,

@@ -39,7 +39,14 @@ class CompileConfig:
         learn: ``none``, or ``blockwise``: learn scales, zero points and 4-bit codes one decoder
             layer at a time.
         learn_windows: windows of text, from the same place, to round weights and to learn on.
-        learn_steps: of the optimizer, per block.
+        learn_steps: of the optimizer, per block or end to end in all; None: the driver's.
+        learn_batch: windows per step.
+        learn_weights: ``codes`` and scales of 4-bit weights, or scales and ``rotations``: the
+            paper's way, end to end only.
+        learn_tensors: activations whose encodings learn: inputs of ``rotated`` linears, or ``all``.
+        distill: part of the end-to-end loss that is KL to the float model, not cross-entropy.
+        local_loss: part of the end-to-end steps in which activations' own errors count as well.
+        learn_sharded: under torchrun, each process holds a part of what is learned.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
             projections).
@@ -72,7 +79,13 @@ class CompileConfig:
     weights: str = "gptq"
     learn: str = "none"
     learn_windows: int = 16
-    learn_steps: int = 60
+    learn_steps: int | None = None
+    learn_batch: int = 1
+    learn_weights: str = "codes"
+    learn_tensors: str = "rotated"
+    distill: float = 0.9
+    local_loss: float = 0.0
+    learn_sharded: bool = False
     rotate: bool = True
     rotate_caches: bool = True
     online: tuple[str, ...] = ()
@@ -95,13 +108,18 @@ class CompileConfig:
             emission(name)
         if self.down_bits not in (8, 16):
             _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
-        if not 0 <= self.promote <= 1:
-            _fail("promote", f"{self.promote:g} is not between 0 and 1")
+        _check_share("promote", self.promote)
         if self.promote and self.down_bits == 16:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "nearest"])
-        _check_choice("learn", self.learn, ["none", "blockwise"])
+        _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
+        _check_choice("learn_weights", self.learn_weights, ["codes", "rotations"])
+        _check_choice("learn_tensors", self.learn_tensors, ["rotated", "all"])
+        if self.learn_weights == "rotations" and self.learn == "blockwise":
+            _fail("learn_weights", "rotations are learned end to end: learn = end-to-end")
+        _check_share("distill", self.distill)
+        _check_share("local_loss", self.local_loss)
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
@@ -109,7 +127,8 @@ class CompileConfig:
         _check_prefix(self.prefix)
         _check_least("calib_windows", self.calib_windows, 1)
         _check_least("learn_windows", self.learn_windows, 1)
-        _check_least("learn_steps", self.learn_steps, 1)
+        _check_least("learn_steps", 1 if self.learn_steps is None else self.learn_steps, 1)
+        _check_least("learn_batch", self.learn_batch, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
         if not -1e4 < self.mask_constant < 0:
@@ -152,7 +171,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=str(path))) from error
-    kinds = get_type_hints(CompileConfig) | {"mask_value": float}
+    kinds = get_type_hints(CompileConfig) | {"mask_value": float, "learn_steps": int}
     for key, value in table.items():
         if key not in kinds:
             known = ", ".join(sorted(kinds))
@@ -176,6 +195,11 @@ def _fail(key: str, reason: str, file: str = "") -> None:
 def _check_choice(key: str, value: str, choices: list[str]) -> None:
     if value not in choices:
         _fail(key, f"`{value}` is not one of {', '.join(choices)}")
+
+
+def _check_share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        _fail(key, f"{value:g} is not between 0 and 1")
 
 
 def _check_least(key: str, value: int, least: int) -> None:

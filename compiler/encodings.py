@@ -23,7 +23,7 @@ class EncodingTable:
     def __init__(self) -> None:
         self._by_name: dict[str, Encoding] = {}
         self._codes: dict[str, Codes] = {}
-        self._learned: set[str] = set()
+        self._learned: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -35,7 +35,7 @@ class EncodingTable:
         """Codes that were chosen for another encoding are dropped."""
         self._by_name[name] = encoding
         self._codes.pop(name, None)
-        self._learned.discard(name)
+        self._learned.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -52,13 +52,20 @@ class EncodingTable:
         """True where codes were chosen."""
         return name in self._codes
 
-    def mark_learned(self, names: Iterable[str]) -> None:
-        """Says of encodings that they were learned, and need not be again."""
-        self._learned.update(names)
+    def mark_learned(self, names: Iterable[str], driver: str) -> None:
+        """Says of encodings that they were learned, and by which way of learning."""
+        self._learned.update(dict.fromkeys(names, driver))
 
-    def is_learned(self, name: str) -> bool:
-        """True where ``mark_learned`` said so, and nothing else was set since."""
-        return name in self._learned
+    def is_learned(self, name: str, driver: str | None = None) -> bool:
+        """True where ``mark_learned`` said so, of this driver or any, and nothing was set since."""
+        found = self._learned.get(name)
+        return found is not None and driver in (None, found)
+
+    def forget(self, name: str) -> None:
+        """Takes an encoding out."""
+        self._by_name.pop(name, None)
+        self._codes.pop(name, None)
+        self._learned.pop(name, None)
 
     def quantize(self, name: str, real: FloatArray) -> Codes:
         """Codes of a constant: those chosen, else the nearest to its real values."""

@@ -108,11 +108,25 @@ def default_passes(
     learning: list[Pass] = [
         LearnScales(
             FirstRuns(calibration, config.learn_windows),
-            steps=config.learn_steps,
-            seed=config.seed,
+            config.learn,
+            config.learn_weights,
+            config.learn_tensors,
+            config.learn_steps,
+            config.learn_batch,
+            config.distill,
+            config.local_loss,
+            config.seed,
+            config.learn_sharded,
             record=record,
             progress=progress,
         )
+    ]
+    turns = config.learn_weights == "rotations"  # of which codes are the nearest, so before others
+    encodings: list[Pass] = [
+        CalibrateRanges(measured, RangeMethod(config.range_method), progress=progress),
+        *(learning if config.learn != "none" and turns else []),
+        *(rounding if config.weights == "gptq" else []),
+        *(learning if config.learn != "none" and not turns else []),
     ]
     return [
         *canonical_passes(config),
@@ -120,13 +134,7 @@ def default_passes(
         *(online if config.online else []),
         *(prefix if config.prefix != "none" else []),
         AssignBitWidths(config.bits_by_role, config.promote, measured, progress),
-        CalibrateRanges(
-            measured,
-            RangeMethod(config.range_method),
-            progress=progress,
-        ),
-        *(rounding if config.weights == "gptq" else []),
-        *(learning if config.learn == "blockwise" else []),
+        *encodings,
         UnifyEncodings(),
         InsertQdq(),
         LegalizeTarget(),

@@ -939,7 +939,7 @@ class NotRunInTorch(Rule):
 @dataclass(frozen=True, slots=True)
 class LearningDiverged(Rule):
     """What it checks
-        The loss of a block that is learned goes down to the end.
+        The loss of what is learned, a block or the whole model, goes down to the end.
 
     Why it matters
         The best state was kept, so nothing is worse than before; but the steps after it were for
@@ -957,18 +957,46 @@ class LearningDiverged(Rule):
     code: ClassVar[str] = "QN308"
     name: ClassVar[str] = "learning-diverged"
     severity: ClassVar[Severity] = Severity.NOTE
-    block: int
+    what: str
     before: float
     after: float
 
     def message(self) -> str:
         return (
-            f"block {self.block}: the loss rose at the end; kept the best state, "
+            f"{self.what}: the loss rose at the end; kept the best state, "
             f"{self.after:.3g} from {self.before:.3g}"
         )
 
     def help(self) -> str:
         return "nothing has to be done; more --learn-windows may give more"
+
+
+@dataclass(frozen=True, slots=True)
+class NothingToPredict(Rule):
+    """What it checks
+        A graph that is to be learned end to end has a float output to compare with the float model.
+
+    Why it matters
+        The loss is how far the quantized model's predictions are from the float model's.
+
+    Example
+        ```console
+        qnpu-compile picks-next-token.onnx --scheme w4a8 --learn end-to-end
+        ```
+
+    How to fix
+        Export the model with its logits, or learn block by block: `--learn blockwise`.
+    """
+
+    code: ClassVar[str] = "QN309"
+    name: ClassVar[str] = "nothing-to-predict"
+    severity: ClassVar[Severity] = Severity.ERROR
+
+    def message(self) -> str:
+        return "no float output to learn from"
+
+    def help(self) -> str:
+        return "export the model with its logits, or use --learn blockwise"
 
 
 @dataclass(frozen=True, slots=True)

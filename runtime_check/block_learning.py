@@ -12,22 +12,20 @@ from torch import Tensor
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.runtime_check.learned_tensors import LearnedTensors
+from qnpu.runtime_check.learned_tensors import LearnedCodes
 from qnpu.runtime_check.learning_record import State
+from qnpu.runtime_check.quantized_run import advance, quantized_constants
 from qnpu.runtime_check.segments import Segment
 from qnpu.runtime_check.session import Feeds
 from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
-from qnpu.runtime_check.weight_rounding import (
-    advance,
-    quantized_constants,
-    token_energy,
-    token_shares,
-)
+from qnpu.runtime_check.weight_rounding import token_energy, token_shares
 
 # A token of more than this many times the median energy counts as if it had that much.
 _MOST_ENERGY = 4.0
 _WARMUP = 5
 _CHECKS = 4
+
+BLOCKWISE = "blockwise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +116,7 @@ def learn_blocks(
                 yield result
             learned.load(kept)
             learned.store(table)
+            table.mark_learned(learned.names, BLOCKWISE)
         del taken, learned
         with torch.no_grad():
             advance(block, blocks[index + 1 :], seen, table)
@@ -125,7 +124,7 @@ def learn_blocks(
 
 def _learned_tensors(
     block: Segment, table: EncodingTable, activations: Collection[str], weights: Collection[str]
-) -> LearnedTensors | None:
+) -> LearnedCodes | None:
     own = [v for node in block.nodes for v in (*node.inputs, *node.outputs) if v is not None]
     names = {name_of(v) for v in own if v.name}
     arrays = {
@@ -136,13 +135,13 @@ def _learned_tensors(
     mine = sorted(names & set(activations))
     if not mine and not arrays:
         return None
-    return LearnedTensors(table, mine, {name: arrays[name] for name in sorted(arrays)})
+    return LearnedCodes(table, mine, {name: arrays[name] for name in sorted(arrays)})
 
 
 def _learn(
     index: int,
     block: Segment,
-    learned: LearnedTensors,
+    learned: LearnedCodes,
     taken: Sequence[dict[str, Tensor]],
     truth: Sequence[dict[str, Tensor]],
     table: EncodingTable,
@@ -189,7 +188,7 @@ class _BlockLoss:
     def __init__(
         self,
         block: Segment,
-        learned: LearnedTensors,
+        learned: LearnedCodes,
         taken: Sequence[dict[str, Tensor]],
         truth: Sequence[dict[str, Tensor]],
         table: EncodingTable,

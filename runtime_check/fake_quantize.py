@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec, widened
+from qnpu.runtime_check.processes import whole
 
 # A learned scale keeps this part of its first value at least: none may vanish or turn negative.
 _LEAST_FACTOR = 0.05
@@ -26,15 +27,25 @@ class FakeQuantize(torch.autograd.Function):
         ∂x̂/∂x = 1 inside the range, 0 outside
         ∂x̂/∂s = round(x / s) - x / s inside; q_min - z or q_max - z outside
         ∂x̂/∂z = 0 inside, -s outside
+
+    With ``local`` the gradients of scale and zero point are those of local · mean (x̂ - x)² besides,
+    x held fixed: the local loss of quantnpu.md §3, without a term of its own to carry about.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        q_min: int,
+        q_max: int,
+        local: float = 0.0,
     ) -> Tensor:
         """``scale`` and ``zero_point`` broadcast to ``x``; ``zero_point`` holds whole numbers."""
         ctx.save_for_backward(x, scale, zero_point)
         ctx.range = (q_min, q_max)
+        ctx.local = local
         codes = torch.div(x, scale).round_()
         return codes.clamp_(q_min - zero_point, q_max - zero_point).mul_(scale)
 
@@ -48,12 +59,14 @@ class FakeQuantize(torch.autograd.Function):
         inside = clipped == nearest
         for_x = grad * inside if ctx.needs_input_grad[0] else None
         for_scale = for_zero = None
+        if ctx.local:
+            grad = (clipped * scale).sub_(x).mul_(2.0 * ctx.local / x.numel()).add_(grad)
         if ctx.needs_input_grad[1]:
             slope = clipped.sub_(ratio * inside)
             for_scale = _sum_to(grad * slope, scale)
         if ctx.needs_input_grad[2]:
             for_zero = _sum_to(grad * ~inside, zero_point) * -scale
-        return for_x, for_scale, for_zero, None, None
+        return for_x, for_scale, for_zero, None, None, None
 
 
 def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -69,9 +82,11 @@ def fake_quantized(x: Tensor, encoding: Encoding) -> Tensor:
     return _quantized(x, scale, zero, low, high)
 
 
-def _quantized(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+def _quantized(
+    x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, local: float = 0.0
+) -> Tensor:
     """``FakeQuantize`` in the type of x."""
-    return _applied(FakeQuantize, x, scale.to(x.dtype), zero.to(x.dtype), low, high)
+    return _applied(FakeQuantize, x, scale.to(x.dtype), zero.to(x.dtype), low, high, local)
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
@@ -123,6 +138,7 @@ class Quantizer(torch.nn.Module):
 
     Attributes:
         spec: bit width and kind.
+        local: weight of the local loss; see ``FakeQuantize``.
         step: parameter, shape () or (channels,): log(scale / first scale), or the scale.
         zero_point: parameter, LSB, same shape; learns only where the spec is asymmetric.
     """
@@ -132,6 +148,7 @@ class Quantizer(torch.nn.Module):
     def __init__(self, encoding: Encoding, *, relative: bool = True) -> None:
         super().__init__()
         self.spec: QuantSpec = encoding.spec
+        self.local = 0.0
         first = torch.from_numpy(np.array(encoding.scale))
         zero = torch.from_numpy(np.array(encoding.zero_point, np.float32))
         self.register_buffer("_first", first)
@@ -156,7 +173,7 @@ class Quantizer(torch.nn.Module):
             scale = _applied(_ScaleGradient, scale, factor)
             zero = _applied(_ScaleGradient, zero, factor)
         scale, zero = (_broadcast_to(x, part, self.spec) for part in (scale, zero))
-        return _quantized(x, scale, zero, low, high)
+        return _quantized(x, scale, zero, low, high, self.local)
 
     def encoding(self) -> Encoding:
         """The encoding as it stands."""
@@ -209,8 +226,8 @@ class LearnedRounding(torch.nn.Module):
 
     def codes(self) -> tuple[Encoding, NDArray[Any]]:
         """Encoding and codes as they stand."""
-        scale = (self._first * torch.exp(self.step.detach())).numpy()
+        scale = (self._first * torch.exp(whole(self.step))).numpy()
         low, high = self.spec.q_min, self.spec.q_max
-        whole = self.latent.detach().round().clamp_(low, high).to(torch.int8).numpy()
+        nearest = whole(self.latent).round().clamp_(low, high).to(torch.int8).numpy()
         zero = np.zeros(scale.shape, np.int32)
-        return Encoding(self.spec, np.array(scale), zero), whole.astype(self.spec.code_dtype)
+        return Encoding(self.spec, np.array(scale), zero), nearest.astype(self.spec.code_dtype)

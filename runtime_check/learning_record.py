@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -56,7 +55,8 @@ class LearningRecord:
             if not self.resume or self._fingerprint() != fingerprint:
                 self.discard()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(_KEY, json.dumps({"work": fingerprint}).encode())
+            key = json.dumps({"work": fingerprint}).encode()
+            self._write(_KEY, lambda file: file.write(key))
         except OSError as error:
             raise DiagnosticError(CannotWrite(str(self.folder), first_line(error)).at()) from error
 
@@ -77,12 +77,15 @@ class LearningRecord:
         """
         arrays = {str(i): array for i, array in enumerate(state.values())}
         arrays[_NAMES] = np.frombuffer(json.dumps(list(state)).encode(), np.uint8)
-        content, path = io.BytesIO(), self._file(part)
-        np.savez(content, allow_pickle=False, **arrays)
+        path = self._file(part)
         try:
-            self._write(path.name, content.getvalue())
+            self._write(path.name, lambda file: np.savez(file, allow_pickle=False, **arrays))
         except OSError as error:
             raise DiagnosticError(CannotWrite(str(path), first_line(error)).at()) from error
+
+    def drop(self, part: int) -> None:
+        """Forgets what was learned of a part; there may be nothing."""
+        self._file(part).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Throws the folder away; there may be none."""
@@ -99,9 +102,10 @@ class LearningRecord:
             return ""
         return str(found.get("work", "")) if isinstance(found, dict) else ""
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         scratch = self.folder / f"{name}.part"
-        scratch.write_bytes(content)
+        with scratch.open("wb") as file:
+            write(file)
         scratch.replace(self.folder / name)
 
 

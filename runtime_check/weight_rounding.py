@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,10 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.quant_types import Encoding
-from qnpu.runtime_check.fake_quantize import fake_quantized
+from qnpu.runtime_check.quantized_run import advance
 from qnpu.runtime_check.segments import Segment, segments_of
 from qnpu.runtime_check.session import Feeds
-from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
+from qnpu.runtime_check.torch_executor import feed_tensors
 
 # A token of more than this many times the median energy counts as if it had that much.
 _MOST_ENERGY = 16.0
@@ -156,45 +156,3 @@ def _cut_before(graph: ir.Graph, linears: Linears) -> list[Segment]:
         runs[-1].append(node)
         made.update(node.outputs)
     return segments_of(runs)
-
-
-def advance(
-    segment: Segment,
-    later: Sequence[Segment],
-    batches: Sequence[dict[str, Tensor]],
-    table: EncodingTable,
-) -> None:
-    """Runs a segment, quantized, on all batches; only what later ones take is kept."""
-    executor = TorchExecutor(segment.nodes)
-    weights = quantized_constants(segment, table)
-    wanted = [name_of(value) for value in segment.hands_on]
-    needed = {name_of(value) for following in later for value in following.takes}
-
-    def quantize(name: str, value: Tensor) -> Tensor:
-        return fake_quantized(value, table[name]) if name in table else value
-
-    for batch in batches:
-        taken = {name_of(v): batch[name_of(v)] for v in segment.takes}
-        batch.update(executor.run(taken, wanted, weights=weights, transform=quantize))
-        for name in [name for name in batch if name not in needed]:
-            del batch[name]
-
-
-def quantized_constants(
-    segment: Segment, table: EncodingTable, but: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """Name → real value of the codes, of each encoded constant that a segment's nodes take.
-
-    Those named in ``but`` are left out. Biases are left out: at 32 bits their error is nothing.
-    """
-    found: dict[str, Tensor] = {}
-    for node in segment.nodes:
-        for value in node.inputs:
-            array = constant_array(value) if value is not None and value.is_initializer() else None
-            if value is None or array is None or value.name in found or value.name in but:
-                continue
-            name = name_of(value)
-            if name in table and table[name].spec.bits < 32:
-                real = table[name].dequantize(table.quantize(name, array))
-                found[name] = torch.from_numpy(np.asarray(real))
-    return found

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, name_of, set_constant
 from qnpu.compiler.hadamard import rotation_matrix
 from qnpu.compiler.pass_base import Compilation
+from qnpu.compiler.rotate import rotate_axis
 from qnpu.compiler.rotated_caches import CacheRotation, rotated_caches, turn_caches
 from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.verify import verify_stage
 from qnpu.models.tiny_decoder import ARCHITECTURES, HEAD_DIM
 from qnpu.passes.fold_norm_scale import FoldNormScale
-from qnpu.passes.fuse_rotation import MARK, FuseRotation, rotate_axis
+from qnpu.passes.fuse_rotation import MARK, FuseRotation
 from tests.conftest import Array, apply, parse, relative_error, run_model
 from tests.decoders import (
     SHAPES,

@@ -54,6 +54,7 @@ TRIGGERED_BY = {
     "QN308": "test_learn_scales.py::test_rates_that_are_far_too_high_do_no_harm_and_are_told",
     "QN310": "test_insert_prefix.py::test_learned_positions_leave_the_graph_alone",
     "QN311": "test_insert_prefix.py::test_same_logits_as_with_the_prefix_as_tokens",
+    "QN309": "test_end_to_end_learning.py::test_a_graph_without_a_prediction_is_told",
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",

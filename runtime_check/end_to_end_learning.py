@@ -1,0 +1,374 @@
+"""Learns all layers at once, so that the model predicts what the float model does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, nll_loss
+
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import name_of
+from qnpu.runtime_check import processes
+from qnpu.runtime_check.cayley_sgd import CayleySGD
+from qnpu.runtime_check.learned_tensors import LearnedTensors
+from qnpu.runtime_check.learning_record import LearningRecord, State
+from qnpu.runtime_check.quantized_run import quantized_constants
+from qnpu.runtime_check.segments import Segment
+from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.torch_executor import CheckpointedExecutor, TorchExecutor, feed_tensors
+
+_WARMUP = 5
+_PATIENCE = 3
+_NOW = 0
+_NUMBERS = "numbers"
+TOKENS = "input_ids"
+RATES = {
+    "adamw": {"latent": 1e-3, "weight_step": 1e-3, "step": 1e-3, "zero_point": 0.05},
+    "sgd": {"rotation": 0.1, "weight_step": 0.01, "step": 0.01, "zero_point": 0.01},
+}
+"""Optimizer → kind of parameter → learning rate; of SGD the paper's."""
+END_TO_END = "end-to-end"
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEndOptions:
+    """How the model is learned.
+
+    Attributes:
+        logits: name of the output.
+        steps: of the optimizer.
+        batch: runs of the graph per step, over all processes.
+        distillation: part of the loss that is KL to the float model; the rest is cross-entropy.
+        rates: kind of parameter → learning rate, in the parameter's unit per step; None: ``RATES``.
+        local_share: part of the steps in which activations' own errors count, too.
+        checks: how often the loss is measured on runs that are not learned from.
+        seed: of the order of runs.
+        dtype: of the student's activations and float weights.
+        sharded: each process holds a part of the parameters.
+    """
+
+    logits: str
+    steps: int = 200
+    batch: int = 1
+    distillation: float = 0.9
+    rates: Mapping[str, float] | None = None
+    local_share: float = 0.0
+    checks: int = 8
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    sharded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How far learning is.
+
+    Attributes:
+        step: how many are done.
+        loss: on runs that are not learned from, nats per token.
+        first: the same at the start.
+        best: the least so far.
+        best_step: when that was.
+        stopped: nothing better is to be expected; learning ends here.
+    """
+
+    step: int
+    loss: float
+    first: float
+    best: float
+    best_step: int
+    stopped: bool
+
+
+class Teacher:
+    """The float model's logits; what its head takes is kept, the rest computed once per run."""
+
+    def __init__(self, blocks: Sequence[Segment], feeds: Sequence[Feeds], logits: str) -> None:
+        self._body = CheckpointedExecutor([block.nodes for block in blocks[:-1]])
+        self._head = TorchExecutor(blocks[-1].nodes)
+        self._takes = [name_of(value) for value in blocks[-1].takes]
+        self._feeds = feeds
+        self._logits = logits
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def logits(self, run: int) -> Tensor:
+        """Shape (1, n, vocabulary)."""
+        if run not in self._kept:
+            self._kept[run] = self._body.run(feed_tensors(self._feeds[run]), self._takes)
+        return self._head.run(self._kept[run], [self._logits])[self._logits]
+
+
+class Student:
+    """The model as quantized so far; gradients flow to what learns."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Segment],
+        table: EncodingTable,
+        learned: LearnedTensors,
+        logits: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self._executor = CheckpointedExecutor([block.nodes for block in blocks], dtype=dtype)
+        self._fixed: dict[str, Tensor] = {}
+        for block in blocks:
+            self._fixed |= quantized_constants(block, table, but=learned.weights)
+        self._learned = learned
+        self._logits = logits
+
+    def logits(self, feeds: Feeds) -> Tensor:
+        """Shape (1, n, vocabulary)."""
+        made = self._executor.run(
+            feed_tensors(feeds),
+            [self._logits],
+            weights=self._weight,
+            transform=self._learned.transform,
+        )
+        return made[self._logits]
+
+    def _weight(self, name: str) -> Tensor | None:
+        fixed = self._fixed.get(name)
+        return self._learned.weight(name) if fixed is None else fixed
+
+
+def prediction_loss(
+    student: Tensor, teacher: Tensor, tokens: Tensor | None, distillation: float
+) -> Tensor:
+    """d · KL(teacher ‖ student) + (1 - d) · cross-entropy of the next token, nats per token.
+
+    Args:
+        student, teacher: logits, (1, n, vocabulary).
+        tokens: (1, n); None where the model takes something else: then KL alone.
+        distillation: d.
+    """
+    vocabulary = student.shape[-1]
+    found = log_softmax(student.reshape(-1, vocabulary).float(), dim=-1)
+    loss = found.new_zeros(())
+    if distillation or tokens is None:
+        truth = log_softmax(teacher.reshape(-1, vocabulary).float(), dim=-1)
+        loss = kl_div(found, truth, reduction="sum", log_target=True) / len(found)
+    if tokens is None:
+        return loss
+    entropy = nll_loss(found[:-1], tokens.reshape(-1)[1:])
+    return distillation * loss + (1.0 - distillation) * entropy
+
+
+def learn_end_to_end(
+    blocks: Sequence[Segment],
+    table: EncodingTable,
+    feeds: Sequence[Feeds],
+    learned: LearnedTensors,
+    options: EndToEndOptions,
+    record: LearningRecord | None = None,
+    tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> Iterator[Check]:
+    """Learns with the whole model's loss, and leaves the best state in ``learned``.
+
+    A sixteenth of the runs, one at least, is not learned from: of the states at equal distances the
+    one with the least loss there is kept. Three checks in a row that bring nothing better end it.
+
+    Args:
+        blocks: of a float graph, in order, all of it.
+        table: encodings, and codes of weights.
+        feeds: one per run of the graph, two or more.
+        learned: what learns.
+        options: how.
+        record: keeps the state at each check, for a run that is killed.
+        tell: called after each step with its number and its loss.
+
+    Yields:
+        Each check, the one before the first step included.
+    """
+    yield from _Trainer(blocks, table, feeds, learned, options, record, tell).run()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        blocks: Sequence[Segment],
+        table: EncodingTable,
+        feeds: Sequence[Feeds],
+        learned: LearnedTensors,
+        options: EndToEndOptions,
+        record: LearningRecord | None,
+        tell: Callable[[int, float], None],
+    ) -> None:
+        self._options, self._learned, self._feeds = options, learned, feeds
+        self._record, self._tell = record, tell
+        self._teacher = Teacher(blocks, feeds, options.logits)
+        self._student = Student(blocks, table, learned, options.logits, options.dtype)
+        held = max(1, len(feeds) // 16) if len(feeds) > 1 else 0
+        self._count = len(feeds) - held
+        self._held = range(self._count, len(feeds)) if held else range(len(feeds))
+        processes.join()
+        self._sharded = options.sharded and processes.process_count() > 1
+        if self._sharded:
+            processes.shard(learned.large_modules())
+        self._optimizers = _optimizers(learned, options)
+        self._step, self._since = 0, 0
+        self._first = self._best = math.inf
+        self._best_step = self._kept_step = 0
+        self._kept: State = {}
+
+    def run(self) -> Iterator[Check]:
+        if not self._load():
+            self._first = self._best = self._held_loss()
+            self._keep()
+            yield self._check(self._first)
+        options = self._options
+        every = max(1, options.steps // max(options.checks, 1))
+        while self._step < options.steps and self._since < _PATIENCE:
+            loss = self._learn_step()
+            self._step += 1
+            self._tell(self._step, loss)
+            if self._step % every == 0 or self._step == options.steps or not math.isfinite(loss):
+                now = self._held_loss() if math.isfinite(loss) else math.inf
+                self._since = 0 if now <= self._best else self._since + 1
+                if not math.isfinite(now):
+                    self._since = _PATIENCE
+                if now <= self._best:
+                    self._best, self._best_step = now, self._step
+                self._keep()
+                yield self._check(now)
+        self._learned.load(self._kept)
+
+    def _check(self, loss: float) -> Check:
+        stopped = self._since >= _PATIENCE and self._step < self._options.steps
+        return Check(self._step, loss, self._first, self._best, self._best_step, stopped)
+
+    def _keep(self) -> None:
+        """Remembers the best state; writes it, then the state now, then drops the best before it.
+
+        In this order, because a record is read after a kill at any moment.
+        """
+        before = self._kept_step
+        state = self._learned.state()
+        if self._best_step == self._step:
+            self._kept, self._kept_step = state, self._step
+        moments = _moments(self._optimizers)
+        if self._record is None or self._step == 0 or processes.process_index():
+            return
+        if self._kept_step > before:
+            self._record.save(self._kept_step, self._kept)
+        numbers = [self._step, self._since, self._first, self._best, self._kept_step]
+        self._record.save(_NOW, {_NUMBERS: np.array(numbers, np.float64), **state, **moments})
+        if self._kept_step > before > 0:
+            self._record.drop(before)
+
+    def _load(self) -> bool:
+        """Goes on from a record, where there is one."""
+        now = self._record.load(_NOW) if self._record is not None else None
+        if self._record is None or now is None:
+            return False
+        step, since, first, best, kept_step = now.pop(_NUMBERS).tolist()
+        kept = self._record.load(int(kept_step)) if kept_step else self._learned.state()
+        if kept is None:
+            return False
+        self._step, self._since, self._first, self._best = int(step), int(since), first, best
+        self._kept, self._kept_step = kept, int(kept_step)
+        self._best_step = self._kept_step
+        self._learned.load(now)
+        _set_moments(self._optimizers, now)
+        return True
+
+    def _learn_step(self) -> float:
+        """One step of the optimizers; the mean loss of its runs."""
+        options, learned = self._options, self._learned
+        share = 1.0 if self._step < options.local_share * options.steps else 0.0
+        learned.set_local_loss(share / options.batch)
+        runs = processes.own_share(_runs_of(self._step, options, self._count))
+        total = 0.0
+        for run in runs:
+            loss = self._loss(run)
+            total += float(loss.detach())
+            (loss / options.batch).backward()  # type: ignore[no-untyped-call]
+        parameters = [p for kind in learned.parameters().values() for p in kind]
+        processes.add_gradients(parameters)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_rate"] * _rate(self._step, options.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        learned.clamp()
+        return processes.mean_of(total / max(len(runs), 1))
+
+    def _held_loss(self) -> float:
+        self._learned.set_local_loss(0.0)
+        with torch.no_grad():
+            return float(np.mean([float(self._loss(run)) for run in self._held]))
+
+    def _loss(self, run: int) -> Tensor:
+        feeds = self._feeds[run]
+        tokens = torch.from_numpy(feeds[TOKENS]).long() if TOKENS in feeds else None
+        return prediction_loss(
+            self._student.logits(feeds),
+            self._teacher.logits(run),
+            tokens,
+            self._options.distillation,
+        )
+
+
+def _optimizers(learned: LearnedTensors, options: EndToEndOptions) -> list[torch.optim.Optimizer]:
+    """One for all that lies in a vector space, one for rotations."""
+    kinds = {kind: items for kind, items in learned.parameters().items() if items}
+    rates = options.rates if options.rates is not None else RATES[learned.optimizer]
+    groups = [
+        {"params": items, "lr": rates[kind], "full_rate": rates[kind]}
+        for kind, items in kinds.items()
+        if kind != "rotation"
+    ]
+    found: list[torch.optim.Optimizer] = []
+    if groups and learned.optimizer == "adamw":
+        found.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    elif groups:
+        found.append(torch.optim.SGD(groups))
+    if "rotation" in kinds:
+        found.append(CayleySGD(kinds["rotation"], lr=rates["rotation"]))
+        found[-1].param_groups[0]["full_rate"] = rates["rotation"]
+    return found
+
+
+def _moments(optimizers: Sequence[torch.optim.Optimizer]) -> State:
+    """What optimizers remember, by optimizer, parameter and name."""
+    found: State = {}
+    for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for j, parameter in enumerate(parameters):
+            for name, tensor in optimizer.state.get(parameter, {}).items():
+                if isinstance(tensor, Tensor):
+                    found[f"moment/{i}/{j}/{name}"] = processes.whole(tensor).numpy()
+    return found
+
+
+def _set_moments(optimizers: Sequence[torch.optim.Optimizer], state: State) -> None:
+    for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for j, parameter in enumerate(parameters):
+            prefix = f"moment/{i}/{j}/"
+            for key in [key for key in state if key.startswith(prefix)]:
+                name = key.removeprefix(prefix)
+                alone = name == "step"  # a number of its own, whatever the parameter's shape
+                tensor = torch.zeros(()) if alone else torch.zeros_like(parameter)
+                processes.fill(tensor, state[key])
+                optimizer.state[parameter][name] = tensor
+
+
+def _rate(step: int, steps: int) -> float:
+    """Part of the learning rate: a short warm-up, then half a cosine."""
+    return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / max(steps, 1)))
+
+
+def _runs_of(step: int, options: EndToEndOptions, count: int) -> list[int]:
+    """Runs of a step: in random order, each once before any comes again."""
+    found: list[int] = []
+    for position in range(step * options.batch, (step + 1) * options.batch):
+        epoch, index = divmod(position, count)
+        order = np.random.default_rng((options.seed, epoch)).permutation(count)
+        found.append(int(order[index]))
+    return found

@@ -1,0 +1,96 @@
+"""More than one process at one piece of learning, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def process_index() -> int:
+    """This process's number, 0 where there is one alone (torchrun's RANK)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """How many work together (torchrun's WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meets the other processes, once; where there are none, does nothing."""
+    if process_count() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def leave() -> None:
+    """Parts from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_share(items: Sequence[int]) -> Sequence[int]:
+    """What of a step's work is this process's."""
+    return items[process_index() :: process_count()]
+
+
+def shard(modules: Iterable[torch.nn.Module]) -> None:
+    """Leaves each process a part of each module's parameters, and of their gradients and moments.
+
+    A module's parameters come together, by torch's FSDP, while it is called.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (process_count(),))
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+
+
+def same_start(parameters: Iterable[Tensor]) -> None:
+    """Gives every process the parameters of the first."""
+    if process_count() > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), 0)
+
+
+def add_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replaces each gradient by the sum over all processes; FSDP has its own means for a part."""
+    if process_count() == 1:
+        return
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def mean_of(value: float) -> float:
+    """The mean over all processes, so that each decides alike."""
+    if process_count() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / process_count()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter or moment; every process has to ask for it at the same time."""
+    data = tensor.detach()
+    return data.full_tensor() if isinstance(data, DTensor) else data
+
+
+def fill(tensor: Tensor, array: NDArray[np.generic]) -> None:
+    """Writes all of a parameter or moment, of which this process may hold a part."""
+    source = torch.from_numpy(np.array(array))
+    if isinstance(tensor, DTensor):
+        source = distribute_tensor(source, tensor.device_mesh, tensor.placements)
+    with torch.no_grad():
+        tensor.copy_(source)

@@ -1,0 +1,200 @@
+"""End-to-end learning: the loss, its gradients, the best state, and going on after a kill."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.encodings import EncodingTable
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.pass_base import Compilation
+from qnpu.passes.learn_scales import LearnScales
+from qnpu.runtime_check import end_to_end_learning
+from qnpu.runtime_check.blocks import cut_blocks
+from qnpu.runtime_check.cayley_sgd import orthogonality_error
+from qnpu.runtime_check.end_to_end_learning import (
+    EndToEndOptions,
+    Student,
+    Teacher,
+    learn_end_to_end,
+    prediction_loss,
+)
+from qnpu.runtime_check.learned_rotations import LearnedRotations
+from qnpu.runtime_check.learned_tensors import LearnedCodes, LearnedScales
+from qnpu.runtime_check.learning_record import LearningRecord
+from qnpu.runtime_check.perplexity import next_token_loss
+from tests.conftest import normal, run_model
+from tests.decoders import some_tokens
+from tests.learning import WINDOWS, logits_error, numbers, rounded
+
+STEPS = 40
+
+
+class KilledError(Exception):
+    """What a progress callback raises to stand for a kill."""
+
+
+def learn(compilation: Compilation, weights: str = "codes", steps: int = STEPS) -> int:
+    return LearnScales(WINDOWS, "end-to-end", weights, steps=steps).run(compilation)
+
+
+def test_the_loss_is_its_formula() -> None:
+    student, teacher = (torch.from_numpy(normal(1, 6, 9, seed=seed)) for seed in (1, 2))
+    tokens = torch.tensor([[3, 1, 8, 0, 2, 5]])
+    p, q = (torch.softmax(x[0].double(), -1).numpy() for x in (teacher, student))
+    kl = float((p * np.log(p / q)).sum(-1).mean())
+    entropy = float(next_token_loss(student[0].numpy(), tokens[0].numpy()).mean())
+    for share in (0.0, 0.3, 1.0):
+        found = float(prediction_loss(student, teacher, tokens, share))
+        assert found == pytest.approx(share * kl + (1 - share) * entropy, rel=1e-5)
+    assert float(prediction_loss(student, teacher, None, 0.3)) == pytest.approx(kl, rel=1e-5)
+    assert float(prediction_loss(teacher, teacher, None, 1.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradients_of_weights_scales_are_finite_differences() -> None:
+    """ŵ = s · code is smooth in s; so is the loss, where nothing else is quantized."""
+    compilation = rounded("w4a16")
+    names = [n for n in compilation.encodings if compilation.encodings.has_codes(n)]
+    table, reals = EncodingTable(), {}
+    for name in names:
+        array = constant_array(compilation.graph.initializers[name])
+        assert array is not None
+        reals[name] = array
+        encoding = compilation.encodings[name]
+        table.choose_codes(name, encoding, compilation.encodings.quantize(name, array))
+    feeds = WINDOWS.feeds(compilation.graph.inputs)
+    blocks = cut_blocks(compilation.graph)
+    learned = LearnedCodes(table, [], reals)
+    student = Student(blocks, table, learned, "logits", torch.float32)
+    teacher = Teacher(blocks, feeds, "logits").logits(0)
+    tokens = torch.from_numpy(feeds[0]["input_ids"]).long()
+
+    def loss() -> torch.Tensor:
+        return prediction_loss(student.logits(feeds[0]), teacher, tokens, 0.9)
+
+    loss().backward()  # type: ignore[no-untyped-call]
+    for step in learned.parameters()["weight_step"]:
+        assert step.grad is not None
+        direction, start = step.grad / step.grad.norm(), step.detach().clone()
+        ends = []
+        with torch.no_grad():
+            for size in (2e-2, -2e-2):
+                step.copy_(start + size * direction)
+                ends.append(float(loss()))
+            step.copy_(start)
+        slope = (ends[0] - ends[1]) / 4e-2
+        assert float(step.grad.norm()) == pytest.approx(slope, rel=0.03, abs=2e-6)
+
+
+def test_the_model_comes_closer_on_tokens_it_did_not_learn_from() -> None:
+    compilation = rounded()
+    before = logits_error(compilation)
+    assert learn(compilation) > 0
+    assert logits_error(compilation) < 0.97 * before
+    assert learn(compilation) == 0
+
+
+def test_losses_fall_on_runs_that_are_held_out() -> None:
+    compilation = rounded()
+    blocks, table = cut_blocks(compilation.graph), compilation.encodings
+    feeds = WINDOWS.feeds(compilation.graph.inputs)
+    names = LearnScales(WINDOWS, "end-to-end").names(blocks, table)
+    reals = {name: constant_array(compilation.graph.initializers[name]) for name in names[1]}
+    learned = LearnedCodes(table, names[0], {n: a for n, a in reals.items() if a is not None})
+    options = EndToEndOptions("logits", STEPS, checks=4)
+    checks = list(learn_end_to_end(blocks, table, feeds, learned, options))
+    assert [check.step for check in checks] == [0, 10, 20, 30, 40]
+    assert checks[-1].best < 0.98 * checks[0].loss
+    assert checks[-1].best == min(check.loss for check in checks)
+
+
+def test_rates_that_are_far_too_high_do_no_harm_and_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = {"latent": 50.0, "weight_step": 5.0, "step": 5.0, "zero_point": 50.0}
+    wild = partial(EndToEndOptions, rates=rates)
+    monkeypatch.setattr(end_to_end_learning, "EndToEndOptions", wild)
+    compilation = rounded()
+    before = numbers(compilation)
+    learn(compilation, steps=16)
+    assert [diagnostic.code for diagnostic in compilation.diagnostics] == ["QN308"]
+    assert numbers(compilation) == before
+
+
+@pytest.mark.parametrize("killed_at", [5, 12, 13, 24])
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, killed_at: int) -> None:
+    whole = rounded()
+    learn(whole, steps=24)
+
+    def kill(step: str, fraction: float) -> None:
+        if f"step {killed_at}," in step:
+            raise KilledError
+
+    pass_ = partial(LearnScales, WINDOWS, "end-to-end", steps=24)
+    with pytest.raises(KilledError):
+        pass_(record=LearningRecord(tmp_path / "work"), progress=kill).run(rounded())
+    said: list[str] = []
+    again = rounded()
+    record = LearningRecord(tmp_path / "work", resume=True)
+    pass_(record=record, progress=lambda step, fraction: said.append(step)).run(again)
+    assert numbers(again) == numbers(whole)
+    first = 3 * ((killed_at - 1) // 3) + 1
+    assert said[0].startswith(f"learn: step {first},")
+
+
+def test_rotations_learn_and_stay_rotations() -> None:
+    compilation = rounded("w4a8")
+    for name in [n for n in compilation.encodings if compilation.encodings.has_codes(n)]:
+        compilation.encodings[name] = compilation.encodings[name]  # nearest codes again
+    graph, table = compilation.graph, compilation.encodings
+    blocks, feeds = cut_blocks(graph), WINDOWS.feeds(graph.inputs)
+    activations, weights = LearnScales(WINDOWS, "end-to-end", "rotations").names(blocks, table)
+    reals = {name: constant_array(graph.initializers[name]) for name in weights}
+    rotations = LearnedRotations(graph)
+    learned = LearnedScales(
+        table, activations, {n: a for n, a in reals.items() if a is not None}, rotations
+    )
+    options = EndToEndOptions("logits", STEPS, local_share=0.25)
+    worst: list[float] = []
+
+    def look(step: int, loss: float) -> None:
+        worst.append(max(orthogonality_error(matrix) for matrix in rotations.matrices.values()))
+
+    checks = list(learn_end_to_end(blocks, table, feeds, learned, options, None, look))
+    assert checks[-1].best < 0.98 * checks[0].loss
+    assert max(worst) <= 1e-5
+    for matrix in rotations.matrices.values():
+        assert float((matrix - torch.eye(len(matrix))).detach().abs().max()) > 1e-3
+
+
+def test_learned_rotations_are_in_the_weights_afterwards() -> None:
+    compilation = rounded()
+    feeds = some_tokens(compilation.model)
+    expected = run_model(compilation.model, feeds)[0]
+    before = {n: v.const_value for n, v in compilation.graph.initializers.items()}
+    assert learn(compilation, "rotations", steps=8) > 0
+    found = run_model(compilation.model, feeds)[0]
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    after = compilation.graph.initializers
+    changed = {name for name in before if after[name].const_value is not before[name]}
+    assert changed
+    table = compilation.encodings
+    assert all(name not in table or table.is_learned(name) for name in changed)
+
+
+def test_a_graph_without_a_prediction_is_told() -> None:
+    compilation = rounded()
+    (logits,) = compilation.graph.outputs
+    pick = ir.node("ArgMax", [logits], {"axis": -1})
+    pick.outputs[0].name, pick.outputs[0].type = "next", ir.TensorType(ir.DataType.INT64)
+    compilation.graph.append(pick)
+    compilation.graph.outputs[0] = pick.outputs[0]
+    with pytest.raises(DiagnosticError) as error:
+        learn(compilation)
+    assert [diagnostic.code for diagnostic in error.value.diagnostics] == ["QN309"]
