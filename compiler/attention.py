@@ -97,6 +97,33 @@ def key_path(attention: Attention) -> KeyPath:
     return found
 
 
+def past_length(attention: Attention, new: int) -> int | None:
+    """How many keys a cache brings in, in front of those of the new tokens.
+
+    Args:
+        attention: whose keys are looked at.
+        new: tokens that the graph is given.
+
+    Returns:
+        0 where there is no cache; None where other keys than a graph input's make up the rest.
+    """
+    past = attention.tokens - new
+    if past == 0:
+        return 0
+    value: ir.Value | None = attention.keys
+    while value is not None:
+        node = value.producer()
+        if node is None or not (layout_inputs(node) or is_requantize_point(node)):
+            return None
+        first = node.inputs[0]
+        if node.op_type == "Concat" and first is not None and first.is_graph_input():
+            shape = static_shape(first) or ()
+            axis = node.attributes.get_int("axis", 0)
+            return past if len(node.inputs) == 2 and shape and shape[axis] == past else None
+        value = first
+    return None
+
+
 def mask_operands(attention: Attention) -> list[tuple[ir.Node, int]]:
     """Inputs of the nodes between that have a column for each key."""
     found: list[tuple[ir.Node, int]] = []

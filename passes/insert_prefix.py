@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qnpu.compiler.attention import Attention, find_attention, mask_operands
+from qnpu.compiler.attention import Attention, find_attention, mask_operands, past_length
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import GraphEditor, constant_array, name_of, static_shape
 from qnpu.compiler.op_traits import is_float, is_standard
@@ -21,17 +21,16 @@ from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.prefix import (
     Ids,
     NoPrefixError,
-    Outliers,
     PrefixConstants,
     PrefixSearch,
     TokenFeeds,
     capture_prefix,
-    count_outliers,
     down_inputs,
     prefix_error,
 )
 
 _TOLERANCE = 1e-3
+_HIDDEN = -1e9
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,23 @@ class InsertPrefix(Pass):
     def _insert(self, compilation: Compilation) -> int:
         model = compilation.model
         attentions, feeds = self._prepare(model)
-        ids, before, after = self._choose(model, feeds)
-        constants, expected = capture_prefix(model, attentions, feeds, ids)
+        alone = _without_past(model, feeds.length)
+        ids = self._choose(alone, feeds)
+        before, after = (self.search.count(alone, feeds, [p])[0].count for p in ((), ids))
+        captured, expected = capture_prefix(alone, find_attention(alone.graph)[0], feeds, ids)
+
+        trial = alone.clone()
+        adjacent = [item.at(alone, -len(ids)) for item in captured]
+        _prepend(trial.graph, find_attention(trial.graph)[0], adjacent)
         names = [name_of(item.mix.outputs[0]) for item in attentions]
-        trial = model.clone()
-        _prepend(trial.graph, find_attention(trial.graph)[0], constants)
         error = prefix_error(trial, names, feeds, expected, len(ids))
         if error > _TOLERANCE:
             raise NoPrefixError(f"attention differs by {error:.1e} from that with tokens in front")
-        _prepend(model.graph, attentions, constants)
-        mark_prefix(model, Prefix(ids, before.count, after.count, error))
-        compilation.diagnostics.append(
-            PrefixInserted(described(ids), before.count, after.count).at()
-        )
+
+        steps = -len(ids) - _first_position(feeds, attentions[0].tokens - feeds.length)
+        _prepend(model.graph, attentions, [item.at(alone, steps) for item in captured])
+        mark_prefix(model, Prefix(ids, before, after, error))
+        compilation.diagnostics.append(PrefixInserted(described(ids), before, after).at())
         return len(attentions)
 
     def _prepare(self, model: ir.Model) -> tuple[list[Attention], TokenFeeds]:
@@ -122,28 +125,28 @@ class InsertPrefix(Pass):
         shape = static_shape(entry) if entry is not None else None
         if entry is None or shape is None or len(shape) != 2 or shape[0] != 1:
             raise NoPrefixError("the graph takes no token ids of one text, (1, S)")
-        if any(item.tokens != shape[1] for item in attentions):
-            raise NoPrefixError("keys are those of other tokens too, such as a cache's")
+        pasts = {past_length(item, shape[1]) for item in attentions}
+        if None in pasts or len(pasts) > 1:
+            raise NoPrefixError("keys are neither the tokens' own nor a cache's in front of them")
         runs = [turn_caches(model, feeds) for feeds in self.data.feeds(model.graph.inputs)]
         return attentions, TokenFeeds(runs, name_of(entry))
 
-    def _choose(self, model: ir.Model, feeds: TokenFeeds) -> tuple[Ids, Outliers, Outliers]:
-        if self.ids is None:
-            if not down_inputs(model.graph):
-                raise NoPrefixError("no down projection was found to look for outliers in")
-            ids, before, after = self.search.search(model, feeds)
-            if not ids:
-                reason = "no token helps" if before.count else "no token stands out"
-                raise NoPrefixError(f"{reason} in the inputs of down projections")
-            return ids, before, after
-        self._check_ids(model, feeds)
-        if len(self.ids) >= feeds.length:
-            raise NoPrefixError(f"{len(self.ids)} tokens leave no room for a text")
-        before, after = (
-            count_outliers(model, feeds, [prefix], ratio=self.search.ratio)[0]
-            for prefix in ((), self.ids)
-        )
-        return self.ids, before, after
+    def _choose(self, model: ir.Model, feeds: TokenFeeds) -> Ids:
+        """The tokens asked for, or found in a graph without a past."""
+        if self.ids is not None:
+            self._check_ids(model, feeds)
+            if not 0 < len(self.ids) < feeds.length:
+                reason = f"{len(self.ids)} tokens in front of a text of {feeds.length}"
+                raise NoPrefixError(reason)
+            return self.ids
+        if not down_inputs(model.graph):
+            raise NoPrefixError("no down projection was found to look for outliers in")
+        ids = self.search.search(model, feeds)
+        if not ids:
+            raise NoPrefixError(
+                "no token stands out in the inputs of down projections, or none helps"
+            )
+        return ids
 
     def _check_ids(self, model: ir.Model, feeds: TokenFeeds) -> None:
         entry = next(v for v in model.graph.inputs if v.name == feeds.name)
@@ -152,6 +155,37 @@ class InsertPrefix(Pass):
             if size is not None and number >= size:
                 reason = f"token {number} is not in a vocabulary of {size}"
                 raise DiagnosticError(InvalidConfig("prefix", reason).at())
+
+
+def _without_past(model: ir.Model, length: int) -> ir.Model:
+    """A copy in which nothing of a cache is seen, so that a text stands alone.
+
+    The keys in front of the last ``length`` get scores of minus a billion.
+    """
+    copy = model.clone()
+    editor = GraphEditor(copy.graph)
+    for item in find_attention(copy.graph)[0]:
+        past = item.tokens - length
+        node = next(node for node in item.between if node.op_type == "Softmax")
+        scores = node.inputs[0]
+        if not past or scores is None:
+            continue
+        row = np.where(np.arange(item.tokens) < past, np.float32(_HIDDEN), np.float32(0))
+        hidden = editor.constant("past_hidden", row)
+        label = f"{name_of(node)}_alone"
+        alone = editor.node("Add", [scores, hidden], label, list(scores.shape or ()), before=node)
+        node.replace_input_with(0, alone)
+    return copy
+
+
+def _first_position(feeds: TokenFeeds, past: int) -> int:
+    """Where the first new token stands: behind the past, unless an input says otherwise."""
+    first = feeds.runs[0]
+    if "position_ids" in first:
+        return int(first["position_ids"].reshape(-1)[0])
+    if past and "attention_mask" in first:
+        return int(first["attention_mask"].reshape(-1)[:past].sum())
+    return past
 
 
 def _token_input(graph: ir.Graph) -> ir.Value | None:

@@ -64,6 +64,26 @@ class TokenFeeds:
 
 
 @dataclass(slots=True)
+class Spread:
+    """Of one tensor, what decides how well few codes hold it.
+
+    Attributes:
+        low, high: least and greatest element.
+        powers: mean square of the median token, one of each run.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    powers: list[float] = field(default_factory=list)
+
+    @property
+    def noise(self) -> float:
+        """Mean square of the rounding error of 8 bits over that of the median token."""
+        step = (self.high - self.low) / 255
+        return step**2 / 12 / max(float(np.mean(self.powers)), 1e-30)
+
+
+@dataclass(slots=True)
 class Outliers:
     """Tokens that stand out behind one prefix, over all windows and down projections.
 
@@ -71,32 +91,42 @@ class Outliers:
         count: how many.
         worst: the largest ratio of a token's max |x| to the median token's.
         ids: of those tokens, with how often each.
+        spreads: by name of the tensor.
     """
 
     count: int = 0
     worst: float = 0.0
     ids: Counter[int] = field(default_factory=Counter)
+    spreads: dict[str, Spread] = field(default_factory=dict)
 
-    def look(self, array: Array, tokens: NDArray[np.int64], skipped: int, ratio: float) -> None:
-        """Adds one tensor.
+    def look(
+        self, name: str, array: Array, tokens: NDArray[np.int64], skipped: int, ratio: float
+    ) -> None:
+        """Adds one run of one tensor.
 
         Args:
-            array: (…, S, n).
+            name: of the tensor.
+            array: (1, S, n), or (S, n).
             tokens: (S,)
             skipped: tokens of the prefix.
             ratio: a token stands out where it is above it.
         """
-        peaks = np.abs(array).max(axis=-1).reshape(-1, len(tokens)).max(axis=0)[skipped:]
+        rows = array.reshape(len(tokens), -1)[skipped:]
+        peaks = np.abs(rows).max(axis=-1)
         relative = peaks / max(float(np.median(peaks)), np.finfo(np.float32).tiny)
         out = np.flatnonzero(relative > ratio)
         self.count += len(out)
         self.worst = max(self.worst, float(relative.max()))
         self.ids.update(int(tokens[skipped + i]) for i in out)
+        spread = self.spreads.setdefault(name, Spread())
+        spread.low = min(spread.low, float(rows.min()))
+        spread.high = max(spread.high, float(rows.max()))
+        spread.powers.append(float(np.median(np.square(rows).mean(axis=-1))))
 
     @property
-    def badness(self) -> tuple[int, float]:
-        """Fewer tokens first, then the smaller peak."""
-        return self.count, self.worst
+    def noise(self) -> float:
+        """Of all tensors."""
+        return sum(spread.noise for spread in self.spreads.values())
 
 
 def down_inputs(graph: ir.Graph) -> list[ir.Value]:
@@ -129,8 +159,8 @@ def count_outliers(
     total = len(runner.segments) * len(batches)
     for done, step in enumerate(runner.stream(names), start=1):
         which = step.batch // windows
-        for array in step.values.values():
-            found[which].look(array, tokens[step.batch], len(prefixes[which]), ratio)
+        for name, array in step.values.items():
+            found[which].look(name, array, tokens[step.batch], len(prefixes[which]), ratio)
         progress("prefix", done / total)
     return found
 
@@ -139,43 +169,47 @@ def count_outliers(
 class PrefixSearch:
     """Greedy: the token that leaves the fewest outliers, then the next behind it.
 
+    Of tokens that leave equally few, the one behind which 8 bits lose least is taken.
+
     Attributes:
         most: tokens at most.
-        candidates: ids to try at each step, at most.
-        special: ids that are tried first, as vocabularies have their special tokens there.
+        candidates: ids of each kind to try: that stand out, and that are frequent.
+        special: further ids to try, as vocabularies have their special tokens there.
+        windows: of the data, to try candidates on.
         ratio: see ``OUTLIER``.
         progress: called with fraction done of each step.
     """
 
     most: int = 4
-    candidates: int = 8
+    candidates: int = 4
     special: Ids = (0, 1, 2)
+    windows: int = 2
     ratio: float = OUTLIER
     progress: ProgressCallback = no_progress
 
-    def search(self, model: ir.Model, feeds: TokenFeeds) -> tuple[Ids, Outliers, Outliers]:
-        """The prefix, and what stands out without and with it; no token where nothing does."""
-        (before,) = self._count(model, feeds, [()])
+    def search(self, model: ir.Model, feeds: TokenFeeds) -> Ids:
+        """The prefix; no token where nothing stands out or none helps."""
+        few = TokenFeeds(feeds.runs[: self.windows], feeds.name)
         prefix: Ids = ()
-        best = before
-        while best.count and len(prefix) < self.most:
-            tried = [(*prefix, number) for number in self._candidates(feeds, best)]
-            results = self._count(model, feeds, tried)
-            at = min(range(len(tried)), key=lambda i: results[i].badness)
+        (best,) = self.count(model, few, [()])
+        while best.count and len(prefix) < min(self.most, feeds.length - 1):
+            tried = [(*prefix, number) for number in self._candidates(few, best)]
+            results = self.count(model, few, tried)
+            at = min(range(len(tried)), key=lambda i: (results[i].count, results[i].noise))
             if results[at].count >= best.count:
                 break
             prefix, best = tried[at], results[at]
-        return prefix, before, best
+        return prefix
 
-    def _count(self, model: ir.Model, feeds: TokenFeeds, prefixes: list[Ids]) -> list[Outliers]:
+    def count(self, model: ir.Model, feeds: TokenFeeds, prefixes: Sequence[Ids]) -> list[Outliers]:
+        """What stands out behind each prefix, in all windows of the data."""
         return count_outliers(model, feeds, prefixes, ratio=self.ratio, progress=self.progress)
 
     def _candidates(self, feeds: TokenFeeds, outliers: Outliers) -> list[int]:
-        """Special tokens, tokens that stand out, and what is frequent anyway."""
         frequent = Counter(int(i) for run in range(len(feeds.runs)) for i in feeds.text(run))
-        ranked = [number for number, _ in outliers.ids.most_common()]
+        ranked = [number for number, _ in outliers.ids.most_common(self.candidates)]
         ranked += [number for number, _ in frequent.most_common(self.candidates)]
-        return list(dict.fromkeys([*self.special, *ranked]))[: self.candidates]
+        return list(dict.fromkeys([*self.special, *ranked]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +273,8 @@ class PrefixConstants:
     """What a prefix is to one attention.
 
     Attributes:
-        keys: (…, D, P), at positions -P to -1.
-        values: (…, P, D).
+        keys: (…, D, P)
+        values: (…, P, D)
     """
 
     keys: Array
@@ -251,13 +285,54 @@ class NoPrefixError(Exception):
     """The graph is not such that a prefix can be held as constants; says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class CapturedPrefix:
+    """Keys and values of a prefix, as one attention computed them.
+
+    Attributes:
+        rows: keys behind RoPE, (…, S, D); zero but for the first P.
+        turn: RoPE as measured.
+        values: (…, P, D)
+        path: from such rows to what the scores take.
+        operand: that value.
+    """
+
+    rows: Array
+    turn: Turn
+    values: Array
+    path: KeyPath
+    operand: ir.Value
+
+    def at(self, model: ir.Model, steps: int) -> PrefixConstants:
+        """As constants, so many positions later than they were computed at.
+
+        Args:
+            model: with the graph that they were computed by, whose own online rotation is run.
+            steps: negative for earlier.
+        """
+        count = self.values.shape[-2]
+        turned = self.turn.apply(self.rows, steps)
+        keys = np.swapaxes(turned, -1, -2)
+        if self.path.nodes:
+            proto = subgraph_proto(self.path.nodes, [self.path.source], [self.operand], model)
+            feeds = {name_of(self.path.source): turned}
+            (keys,) = run(open_session(proto), [name_of(self.operand)], feeds)
+        return PrefixConstants(keys[..., :count].copy(), self.values)
+
+
 def capture_prefix(
     model: ir.Model, attentions: Sequence[Attention], feeds: TokenFeeds, prefix: Ids
-) -> tuple[list[PrefixConstants], list[Array]]:
+) -> tuple[list[CapturedPrefix], list[Array]]:
     """Runs the graph on the prefix, and on the same token over and over to measure RoPE.
 
     Of equal tokens all hidden states are equal, whatever the attention, so that their keys differ
     by RoPE alone.
+
+    Args:
+        model: that sees no tokens but those it is given: no past.
+        attentions: of that model, all of them.
+        feeds: the first window is run.
+        prefix: P tokens.
 
     Returns:
         One item per attention, and the result of each attention, (…, S, D), of the first window
@@ -267,30 +342,31 @@ def capture_prefix(
         NoPrefixError: keys or values depend on positions otherwise than by RoPE.
     """
     paths = [key_path(item) for item in attentions]
-    steady = [
-        feeds.with_tokens(0, np.full(feeds.length, number)) for number in _different(feeds, prefix)
-    ]
-    mixed = [item.mix.outputs[0] for item in attentions]
-    wanted = {name_of(v) for v in mixed}
-    wanted |= {name_of(path.source) for path in paths} | {name_of(a.values) for a in attentions}
-    runs: dict[str, list[Array]] = {}
-    found: dict[int, PrefixConstants] = {}
+    batches = [feeds.with_prefix(0, prefix)]
+    batches += [feeds.with_tokens(0, np.full(feeds.length, i)) for i in _different(feeds, prefix)]
+    needed = {
+        index: [name_of(v) for v in (path.source, item.values, item.mix.outputs[0])]
+        for index, (item, path) in enumerate(zip(attentions, paths, strict=True))
+    }
+    captured: dict[int, CapturedPrefix] = {}
     results: dict[int, Array] = {}
-    for step in SegmentRunner(model, [feeds.with_prefix(0, prefix), *steady]).stream(wanted):
+    runs: dict[str, list[Array]] = {}
+    for step in SegmentRunner(model, batches).stream(
+        {n for names in needed.values() for n in names}
+    ):
         for name, array in step.values.items():
             runs.setdefault(name, []).append(array)
         if not step.last:
             continue
-        for index, (item, path) in enumerate(zip(attentions, paths, strict=True)):
-            names = name_of(path.source), name_of(item.values)
-            if index not in found and all(name in runs for name in names):
-                found[index] = _constants(model, item, path, runs[names[0]], runs[names[1]], prefix)
-            if index not in results and name_of(mixed[index]) in runs:
-                results[index] = runs[name_of(mixed[index])][0]
-        if len(found) == len(results):
-            runs.clear()
+        for index in [i for i, names in needed.items() if all(name in runs for name in names)]:
+            keys, values, mixed = (runs[name] for name in needed.pop(index))
+            item, path = attentions[index], paths[index]
+            captured[index] = _captured(item, path, keys, values, feeds.length, len(prefix))
+            results[index] = mixed[0]
+        waiting = {name for names in needed.values() for name in names}
+        runs = {name: arrays for name, arrays in runs.items() if name in waiting}
     order = range(len(attentions))
-    return [found[i] for i in order], [results[i] for i in order]
+    return [captured[i] for i in order], [results[i] for i in order]
 
 
 def _different(feeds: TokenFeeds, prefix: Ids) -> list[int]:
@@ -299,36 +375,29 @@ def _different(feeds: TokenFeeds, prefix: Ids) -> list[int]:
     return list(numbers)[:_SAME_TOKEN_RUNS]
 
 
-def _constants(
-    model: ir.Model,
+def _captured(
     attention: Attention,
     path: KeyPath,
     keys: list[Array],
     values: list[Array],
-    prefix: Ids,
-) -> PrefixConstants:
-    count = len(prefix)
+    length: int,
+    count: int,
+) -> CapturedPrefix:
+    """From runs of the prefix and of equal tokens; of keys and values the last ``length`` count."""
+    values = [array[..., -length:, :] for array in values]
     for array in values[1:]:
         spread = float(np.abs(array - array.mean(axis=-2, keepdims=True)).max())
         if spread > _FIT_TOLERANCE * float(np.abs(array).max()):
             raise NoPrefixError("values depend on positions: these are added to the embeddings")
     rows = [array if path.by_rows else np.swapaxes(array, -1, -2) for array in keys]
+    rows = [array[..., -length:, :] for array in rows]
     turn = measure_turn(np.stack(rows[1:]))
     if turn.error > _FIT_TOLERANCE:
         raise NoPrefixError("keys do not depend on positions as rotary embeddings make them")
-    turned = rows[0].copy()
-    turned[..., :count, :] = turn.apply(turned[..., :count, :], -count)
-    operand = _operand(model, attention, path, turned)
-    return PrefixConstants(operand[..., :count].copy(), values[0][..., :count, :].copy())
-
-
-def _operand(model: ir.Model, attention: Attention, path: KeyPath, rows: Array) -> Array:
-    """Keys (…, S, D) as the scores take them, through the graph's own online rotation."""
-    if not path.nodes:
-        return np.swapaxes(rows, -1, -2)
-    proto = subgraph_proto(path.nodes, [path.source], [attention.keys], model)
-    name = name_of(attention.keys)
-    return run(open_session(proto), [name], {name_of(path.source): rows})[0]
+    only = np.zeros_like(rows[0])
+    only[..., :count, :] = rows[0][..., :count, :]
+    first = values[0][..., :count, :].copy()
+    return CapturedPrefix(only, turn, first, path, attention.keys)
 
 
 def prefix_error(
