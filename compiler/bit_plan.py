@@ -10,7 +10,7 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.quant_types import Granularity, PerChannel, QuantSpec
 from qnpu.compiler.rules import UnknownScheme
 
-SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8")
+SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
 
 CHOSEN_BITS = 4
 """Weights of so many bits or fewer get codes chosen on data; wider ones are rounded to nearest."""
@@ -23,26 +23,33 @@ class Scheme:
     Attributes:
         name: as on the command line.
         weight_bits: weights of linears.
-        linear_bits: inputs and outputs of linears; an output that is added to the residual stream,
-            or is a graph output, keeps ``other_bits``.
+        input_bits: inputs of linears. At 4 only of those that take a rotated activation; others
+            get 8.
+        output_bits: outputs of linears; one that is added to the residual stream, or is a graph
+            output, keeps ``other_bits``.
         down_bits: inputs of down projections. They hold massive activations, so 16 even where
-            ``linear_bits`` is 8, as in the paper's published figures (§7).
+            ``input_bits`` is less, as in the paper's published figures (§7).
         other_bits: norms, softmax, activation functions, residual, embedding, rotary.
         kv_bits: keys and values, that is the second operand of an activation-by-activation MatMul.
         head_bits: weights of the last linear (lm_head).
+        head_input_bits: its input.
     """
 
     name: str
     weight_bits: int
-    linear_bits: int
+    input_bits: int
+    output_bits: int
     down_bits: int = 16
     other_bits: int = 16
     kv_bits: int = 8
     head_bits: int = 8
+    head_input_bits: int = 8
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
         """The scheme called ``w<weight bits>a<activation bits>``.
+
+        Of ``a4`` the outputs of linears and lm_head's input have 8 bits (quantnpu.md §Setting).
 
         Raises:
             DiagnosticError: QN501 for a name that is not in ``SCHEMES``.
@@ -50,7 +57,9 @@ class Scheme:
         match = re.fullmatch(r"w(\d+)a(\d+)", name)
         if name not in SCHEMES or match is None:
             raise DiagnosticError(UnknownScheme(name, ", ".join(SCHEMES)).at())
-        return cls(name, weight_bits=int(match[1]), linear_bits=int(match[2]))
+        weight_bits, bits = int(match[1]), int(match[2])
+        wide = max(bits, 8)
+        return cls(name, weight_bits, bits, output_bits=wide, head_input_bits=wide)
 
 
 @dataclass(slots=True)

@@ -108,7 +108,7 @@ def hadamard_pair(order: int) -> tuple[int, int] | None:
 
 def is_scaled_hadamard(matrix: NDArray[np.floating]) -> bool:
     """Whether a matrix is a Hadamard matrix of order 2 or more times a positive number."""
-    size = len(matrix)
+    size = len(matrix) if matrix.ndim else 0
     if size < 2 or matrix.shape != (size, size):
         return False
     scale = np.abs(matrix[0, 0])

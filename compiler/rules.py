@@ -1068,7 +1068,7 @@ class PrefixInserted(Rule):
 @dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
-        The scheme is of the form w{4,8}a{8,16}.
+        The scheme is one of w8a16, w8a8, w4a16, w4a8 and w4a4.
 
     Why it matters
         Other widths have no encoding rule.
@@ -1213,6 +1213,73 @@ class NothingToPromote(Rule):
 
     def help(self) -> str:
         return "leave --promote out, or give all inputs more bits with --scheme w8a16"
+
+
+@dataclass(frozen=True, slots=True)
+class InputNotRotated(Rule):
+    """What it checks
+        Every linear's input that the scheme gives 4 bits is rotated, within the weights or online.
+
+    Why it matters
+        A few channels or tokens of an unrotated tensor are far larger than the others, which 4 bits
+        then round to zero. Such inputs get 8 bits instead.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w4a4 --no-rotate
+        ```
+
+    How to fix
+        Rotate: leave out ``--no-rotate``, and see what QN201 and QN202 say. Or take ``w4a8``.
+    """
+
+    code: ClassVar[str] = "QN506"
+    name: ClassVar[str] = "input-not-rotated"
+    severity: ClassVar[Severity] = Severity.NOTE
+    count: int
+    bits: int
+
+    def message(self) -> str:
+        return (
+            f"{self.count} inputs of linears get 8 bits instead of {self.bits}: "
+            "no rotation has spread their outliers"
+        )
+
+    def help(self) -> str:
+        return "see QN201 and QN202 for what blocks a rotation, or take a scheme of 8-bit inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationsTooNarrow(Rule):
+    """What it checks
+        The target has activation codes as narrow as the scheme's.
+
+    Why it matters
+        Its compiler would refuse the graph. Activations get the fewest bits that the target has.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w4a4 --target qnn-htp-v75
+        ```
+
+    How to fix
+        Nothing has to be done; ``--scheme w4a8`` says the same without this note.
+    """
+
+    code: ClassVar[str] = "QN507"
+    name: ClassVar[str] = "activations-too-narrow"
+    severity: ClassVar[Severity] = Severity.NOTE
+    target: str
+    bits: int
+    least: int
+
+    def message(self) -> str:
+        return (
+            f"{self.target} has no {self.bits}-bit activations: inputs of linears get {self.least}"
+        )
+
+    def help(self) -> str:
+        return "nothing has to be done; --scheme w4a8 says the same"
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,7 @@ class TargetProfile(_Table):
         signed_activations: activation codes are signed.
         symmetric_activations: activations have their zero at the middle code.
         symmetric_keys_values: keys and values have, whatever the other activations do.
+        activation_bits_min: of activation codes; a scheme of fewer bits is widened (QN507).
         source: where the types are known from.
         vendor, graph, bias: see their classes.
         mask_value: constant for masked scores where the user names none, real.
@@ -262,6 +263,7 @@ class TargetProfile(_Table):
     signed_activations: bool = False
     symmetric_activations: bool = False
     symmetric_keys_values: bool = False
+    activation_bits_min: Literal[4, 8] = 4
     source: str = ""
     vendor: Vendor = Vendor()
     graph: Limits = Limits()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -34,9 +34,13 @@ from qnpu.compiler.roles import (
     joins_residual,
 )
 from qnpu.compiler.rotated_caches import turn_caches
-from qnpu.compiler.rules import NothingToPromote
+from qnpu.compiler.rotated_weights import rotated_weights
+from qnpu.compiler.rules import ActivationsTooNarrow, InputNotRotated, NothingToPromote
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.sensitivity import most_sensitive, relative_errors
+
+# What an input gets where no rotation makes 4 bits bearable.
+_UNROTATED_BITS = 8
 
 SIGNS = QuantSpec(8, True, True, PerTensor())
 """Of the matrix of an online rotation."""
@@ -58,8 +62,10 @@ class AssignBitWidths(Pass):
     A requantize point is an Identity: the same tensor at another width, one for all consumers that
     want that width. It keeps the table of encodings keyed by value name alone.
 
-    Roles (quantnpu.md §Setting): inputs and outputs of linears ``linear_bits``, but ``down_bits``
-    for the inputs of down projections, where massive activations arise; an output that is
+    Roles (quantnpu.md §Setting): inputs of linears ``input_bits``, but ``down_bits`` for those of
+    down projections, where massive activations arise, ``head_input_bits`` for that of the last
+    linear, and 8 instead of 4 where no rotation has spread their outliers (§2; QN506) or where the
+    target has no 4-bit activations (QN507); outputs of linears ``output_bits``; an output that is
     added to another activation (the residual stream) or leaves the graph, and everything else,
     ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
     ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
@@ -103,13 +109,26 @@ class AssignBitWidths(Pass):
         linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
         ratios = self._sensitivities(compilation, linears)
         promoted = most_sensitive(ratios, self.promote)
-        wanted = _Widths(graph, self.scheme, linears, promoted)
+        scheme = self._scheme_of(compilation)
+        wanted = _Widths(compilation.model, scheme, linears, promoted)
         count += wanted.insert_requantize_points()
+        if wanted.refused:
+            fault = InputNotRotated(len(wanted.refused), scheme.input_bits)
+            compilation.diagnostics.append(fault.at(value=next(iter(wanted.refused))))
         previous = compilation.bit_plan
         plan = BitPlan(self.scheme.name, sensitivities=ratios, promoted=promoted)
         self._fill(plan, compilation, wanted, linears)
         compilation.bit_plan = plan
         return count + int(previous.specs != plan.specs)
+
+    def _scheme_of(self, compilation: Compilation) -> Scheme:
+        """The scheme, with inputs of linears as wide as the target needs them."""
+        target, bits = compilation.target, self.scheme.input_bits
+        if bits >= target.activation_bits_min:
+            return self.scheme
+        fault = ActivationsTooNarrow(target.id, bits, target.activation_bits_min)
+        compilation.diagnostics.append(fault.at())
+        return replace(self.scheme, input_bits=target.activation_bits_min)
 
     def _sensitivities(
         self, compilation: Compilation, linears: dict[ir.Node, Linear]
@@ -139,10 +158,9 @@ class AssignBitWidths(Pass):
         wanted: _Widths,
         linears: dict[ir.Node, Linear],
     ) -> None:
-        head = next((node for node in reversed(list(linears)) if _reaches_output(node)), None)
         roles: dict[str, QuantSpec] = {}
         for node, linear in linears.items():
-            bits = self.scheme.head_bits if node is head else self.scheme.weight_bits
+            bits = self.scheme.head_bits if node is wanted.head else self.scheme.weight_bits
             weight = QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
             roles[name_of(linear.weight)] = SIGNS if is_online_rotation(linear) else weight
             if linear.bias is not None:
@@ -158,15 +176,24 @@ class AssignBitWidths(Pass):
 
 
 class _Widths:
-    """Activation widths by role, and the requantize points that keep them apart."""
+    """Activation widths by role, and the requantize points that keep them apart.
+
+    Attributes:
+        head: the last linear, lm_head; None where no result is a linear's.
+        refused: names of linears' inputs that were to have fewer bits than an unrotated one can.
+    """
 
     def __init__(
         self,
-        graph: ir.Graph,
+        model: ir.Model,
         scheme: Scheme,
         linears: dict[ir.Node, Linear],
         promoted: Collection[str],
     ) -> None:
+        graph = model.graph
+        self.head = next((n for n in reversed(list(linears)) if _reaches_output(n)), None)
+        self.refused: dict[str, None] = {}
+        self._rotated = rotated_weights(model)
         self._graph = graph
         self._scheme = scheme
         self._linears = linears
@@ -179,7 +206,7 @@ class _Widths:
                 self._bits[value] = scheme.kv_bits
         for node, linear in linears.items():
             wide = _joins_residual_or_output(node.outputs[0])
-            self._bits[node.outputs[0]] = scheme.other_bits if wide else scheme.linear_bits
+            self._bits[node.outputs[0]] = scheme.other_bits if wide else scheme.output_bits
             if is_online_rotation(linear):
                 self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
         for node in graph:
@@ -206,9 +233,17 @@ class _Widths:
         return count
 
     def _input_bits(self, linear: Linear) -> int:
-        if is_online_rotation(linear) or name_of(_wide(linear.activation)) in self._promoted:
-            return self._scheme.other_bits
-        return self._scheme.down_bits if is_down_projection(linear) else self._scheme.linear_bits
+        scheme, source = self._scheme, name_of(_wide(linear.activation))
+        if is_online_rotation(linear) or source in self._promoted:
+            return scheme.other_bits
+        if is_down_projection(linear):
+            return scheme.down_bits
+        if linear.node is self.head:
+            return scheme.head_input_bits
+        if scheme.input_bits < _UNROTATED_BITS and not self._rotated.takes_rotated(linear):
+            self.refused[source] = None
+            return _UNROTATED_BITS
+        return scheme.input_bits
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):
@@ -255,6 +290,8 @@ class _Widths:
 
     def _insert(self, value: ir.Value, bits: int) -> ir.Value:
         name = f"{value.name}_requantized"
+        if any(wide is value for wide, _ in self._made):  # at another width
+            name = f"{name}_{bits}"
         point = ir.node("Identity", [value], name=name)
         output = point.outputs[0]
         output.name, output.type, output.shape = name, value.type, value.shape

@@ -10,6 +10,7 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.op_traits import encoding_groups
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.rotated_weights import mark_rotated_weights
 from qnpu.compiler.target import load_target
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
@@ -361,7 +362,7 @@ def test_what_a_down_projection_takes_stays_wide() -> None:
 
 def test_a_scheme_may_narrow_down_projections_too() -> None:
     compilation = Compilation(parse(GATED))
-    AssignBitWidths(Scheme("all8", 8, 8, down_bits=8)).run(compilation)
+    AssignBitWidths(Scheme("all8", 8, 8, 8, down_bits=8)).run(compilation)
     assert "down = MatMul(same_requantized, d)" in body(compilation)
     assert specs(compilation)["same_requantized"] == U8
 
@@ -384,7 +385,7 @@ STACKED = f"""
         y = MatMul(s2, h)
     }}
 """
-NARROW_DOWN = Scheme("all8", 8, 8, down_bits=8)
+NARROW_DOWN = Scheme("all8", 8, 8, 8, down_bits=8)
 
 
 def massive(place: float) -> ArraySamples:
@@ -497,6 +498,70 @@ def test_other_linears_take_narrow_inputs(body_text: str) -> None:
     operand = next(node for node in compilation.graph if node.outputs[0].name == "a").inputs[0]
     assert operand is not None
     assert specs(compilation)[operand.name or ""] == U8
+
+
+def four_bit(text: str, *rotated: str, target: str = "onnxruntime") -> Compilation:
+    """Scheme w4a4 on a graph whose weights of these names take rotated inputs; a second run too."""
+    compilation = Compilation(parse(text), load_target(target))
+    weights = compilation.graph.initializers
+    mark_rotated_weights(compilation.model, inputs=[weights[name] for name in rotated])
+    step = AssignBitWidths(Scheme.parse("w4a4"))
+    step.run(compilation)
+    compilation.stage = Stage.PLANNED
+    verify_stage(compilation)
+    noted = {str(item) for item in compilation.diagnostics}
+    before = model_to_text(compilation.model), dict(compilation.bit_plan.specs)
+    assert step.run(compilation) == 0
+    assert (model_to_text(compilation.model), compilation.bit_plan.specs) == before
+    assert {str(item) for item in compilation.diagnostics} == noted
+    return compilation
+
+
+def test_golden_four_bit_inputs() -> None:
+    """One requantize point a width; the head's input has 8 bits, the down projection's 16."""
+    compilation = four_bit(GATED, "w", "v", "h")
+    assert compilation.diagnostics == []
+    assert body(compilation)[:3] == [
+        "x_requantized = Identity(x)",
+        "gate = MatMul(x_requantized, w)",
+        "up = MatMul(x_requantized, v)",
+    ]
+    plan = specs(compilation)
+    assert plan["x_requantized"] == "u4 asymmetric per-tensor"
+    assert (plan["gate"], plan["up"], plan["product"], plan["down"]) == (U8, U8, U16, U16)
+    widths = [compilation.bit_plan[name].bits for name in ("w", "v", "d", "h")]
+    assert widths == [4, 4, 4, 8]
+    (head,) = [node for node in compilation.graph if node.outputs[0].name == "out"]
+    assert head.inputs[0] is not None
+    assert plan[head.inputs[0].name or ""] == U8
+
+
+def test_four_bits_are_refused_where_nothing_is_rotated() -> None:
+    """QN506 once, with the number of inputs; a rotated one beside it keeps its 4 bits."""
+    compilation = four_bit(GATED, "w")
+    plan = specs(compilation)
+    inputs = {n.outputs[0].name: n.inputs[0] for n in compilation.graph if n.op_type == "MatMul"}
+    assert body(compilation)[:2] == [
+        "x_requantized_8 = Identity(x)",
+        "x_requantized = Identity(x)",
+    ]
+    by_output = {name: plan[v.name or ""] for name, v in inputs.items() if v is not None}
+    assert by_output["gate"] == "u4 asymmetric per-tensor"
+    assert by_output["up"] == U8
+    (first, *again) = compilation.diagnostics
+    assert {first.code, *(item.code for item in again)} == {"QN506"}
+    assert first.location.value == "x"
+    assert [d.code for d in four_bit(NORM_THEN_LINEARS).diagnostics[:1]] == ["QN506"]
+
+
+@pytest.mark.parametrize("target", ["qnn-htp-v75", "mediatek-mdla", "generic-int8"])
+def test_a_target_without_four_bit_activations(target: str) -> None:
+    """QN507, and the plan of w4a8."""
+    compilation = four_bit(GATED, "w", "v", "h", target=target)
+    assert {item.code for item in compilation.diagnostics} == {"QN507"}
+    narrow = planned(GATED, "w4a8", target)[0]
+    assert compilation.bit_plan.specs == narrow.bit_plan.specs
+    assert body(compilation) == body(narrow)
 
 
 def test_a_table_that_is_also_a_weight_gets_two_names() -> None:

@@ -12,17 +12,25 @@ from qnpu.compiler.quant_types import PerChannel, QuantSpec
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "linear"),
-    [("w8a16", 8, 16), ("w8a8", 8, 8), ("w4a16", 4, 16), ("w4a8", 4, 8)],
+    ("name", "weight", "taken", "made"),
+    [
+        ("w8a16", 8, 16, 16),
+        ("w8a8", 8, 8, 8),
+        ("w4a16", 4, 16, 16),
+        ("w4a8", 4, 8, 8),
+        ("w4a4", 4, 4, 8),
+    ],
 )
-def test_schemes(name: str, weight: int, linear: int) -> None:
+def test_schemes(name: str, weight: int, taken: int, made: int) -> None:
     scheme = Scheme.parse(name)
-    assert (scheme.weight_bits, scheme.linear_bits) == (weight, linear)
+    assert scheme.weight_bits == weight
+    assert (scheme.input_bits, scheme.output_bits) == (taken, made)
+    assert (scheme.down_bits, scheme.head_input_bits) == (16, made)
     assert (scheme.other_bits, scheme.kv_bits, scheme.head_bits) == (16, 8, 8)
     assert name in SCHEMES
 
 
-@pytest.mark.parametrize("name", ["", "w3a8", "w8", "W8A8", "w8a8 ", "w08a8", "w8a32", "w4a4"])
+@pytest.mark.parametrize("name", ["", "w3a8", "w8", "W8A8", "w8a8 ", "w08a8", "w8a32", "w8a4"])
 def test_unknown_schemes(name: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
         Scheme.parse(name)

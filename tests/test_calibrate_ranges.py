@@ -266,3 +266,9 @@ def test_scalars_and_empty_tensors() -> None:
         ArraySamples({"x": np.ones((2, 4), np.float32)}),
     )
     np.testing.assert_allclose(compilation.encodings["y"].scale, 8 / 65535, rtol=1e-7)
+
+
+def test_a_constant_of_rank_zero_on_a_symmetric_target() -> None:
+    text = "g (float[2, 4] x) => (float[2, 4] y) <float c = {2}> { y = Mul(x, c) }"
+    compilation, _ = calibrated(text, ArraySamples({"x": normal(2, 4)}), target="mediatek-mdla")
+    np.testing.assert_allclose(compilation.encodings["c"].scale, 2 / 32767, rtol=1e-7)

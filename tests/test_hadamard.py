@@ -244,3 +244,5 @@ def test_a_scaled_hadamard_matrix_is_known(order: int, scale: float) -> None:
 def test_no_hadamard_matrices() -> None:
     for matrix in (np.ones((2, 2)), np.ones((1, 1)), np.eye(4), np.zeros((0, 0)), np.ones(4)):
         assert not is_scaled_hadamard(matrix)
+    for array in (np.asarray(3.0), np.ones((2, 2, 2))):
+        assert not is_scaled_hadamard(array)

@@ -80,7 +80,7 @@ def numbers(compilation: Compilation) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("text", [DECODER, PLAIN], ids=["decoder", "plain"])
-@pytest.mark.parametrize("scheme", ["w8a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a8", "w4a4"])
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize("target", ["onnxruntime", "qnn-htp-v75", "generic-int8"])
 def test_a_second_run_changes_nothing(text: str, scheme: str, rotate: bool, target: str) -> None:

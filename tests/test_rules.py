@@ -60,6 +60,8 @@ TRIGGERED_BY = {
     "QN503": "test_config.py::test_faults_of_a_file",
     "QN504": "test_quantized_model.py::test_what_is_skipped_is_said",
     "QN505": "test_assign_bit_widths.py::test_a_graph_without_down_projections_says_so",
+    "QN506": "test_assign_bit_widths.py::test_four_bits_are_refused_where_nothing_is_rotated",
+    "QN507": "test_assign_bit_widths.py::test_a_target_without_four_bit_activations",
     "QN525": "test_model_check.py::test_a_float_graph",
     "QN530": "test_oracle.py::test_float_operations_and_refusals_are_faults",
     "QN531": "test_oracle.py::test_float_operations_and_refusals_are_faults",
@@ -226,5 +228,5 @@ def test_severities() -> None:
     """Only errors stop a compile, so notes and warnings are those that a compile goes on from."""
     gentle = {rule.code for rule in all_rules() if rule.severity is not Severity.ERROR}
     of_commands = {code for code in gentle if code.startswith("QN53")}
-    of_commands |= {"QN308", "QN310", "QN311", "QN504", "QN505"}
+    of_commands |= {"QN308", "QN310", "QN311", "QN504", "QN505", "QN506", "QN507"}
     assert gentle - of_commands <= {rule.code for rule in WITH_GRAPH}

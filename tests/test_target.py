@@ -50,6 +50,11 @@ def test_kinds_of_activations() -> None:
     assert load_target("qnn-htp-v75").activation_spec(8) == QuantSpec(8, False, False)
 
 
+@pytest.mark.parametrize("name", target_names())
+def test_only_onnx_runtime_has_four_bit_activations(name: str) -> None:
+    assert load_target(name).activation_bits_min == (4 if name == DEFAULT_TARGET else 8)
+
+
 def test_the_default_profile_is_the_default_of_the_class() -> None:
     loaded = load_target(DEFAULT_TARGET)
     bare = TargetProfile()
