@@ -9,7 +9,7 @@ what crosses.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -61,10 +61,12 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
     past the limit, eightfold at most, rather than have more than 16 MiB cross (logits between
     MatMul, QuantizeLinear and DequantizeLinear). A single node may exceed it. Dimensions that are
     not static count as one. A weight is dequantized in every segment that uses it, rather than
-    carried there as float.
+    carried there as float. Codes of less than a byte never cross: NumPy cannot hold what ONNX
+    Runtime makes of them.
     """
     nodes = [node for node in graph if not _dequantizes_weight(node)]
-    crossing = _crossing_bytes(nodes)
+    crossing = _crossing(nodes, _bytes)
+    uncuttable = _crossing(nodes, _is_packed)
     runs: list[list[ir.Node]] = []
     start = 0
     while start < len(nodes):
@@ -76,6 +78,8 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
                 break
             if held <= limit // 2 or crossing[index] <= crossing[best]:
                 best = index
+        while uncuttable[best]:
+            best += 1
         runs.append(nodes[start : best + 1])
         start = best + 1
     return segments_of(runs)
@@ -96,15 +100,15 @@ def _dequantizes_weight(node: ir.Node | None) -> bool:
     )
 
 
-def _crossing_bytes(nodes: list[ir.Node]) -> list[int]:
-    """Bytes of values made at or before each node and used after it."""
+def _crossing(nodes: list[ir.Node], size: Callable[[ir.Value], int]) -> list[int]:
+    """Total size of values made at or before each node and used after it."""
     position = {node: index for index, node in enumerate(nodes)}
     change = [0] * (len(nodes) + 1)
     for index, node in enumerate(nodes):
         for value in node.outputs:
             last = max((position[user] for user in value.consumers()), default=index)
-            change[index] += _bytes(value)
-            change[last] -= _bytes(value)
+            change[index] += size(value)
+            change[last] -= size(value)
     return list(itertools.accumulate(change[:-1]))
 
 
@@ -131,6 +135,11 @@ def _bytes(value: ir.Value) -> int:
     dims = static_shape(value) or tuple(d if isinstance(d, int) else 1 for d in (value.shape or ()))
     bits = value.dtype.bitwidth if value.dtype is not None else 32
     return prod(dims) * bits // 8
+
+
+def _is_packed(value: ir.Value) -> int:
+    """1 where several codes share a byte, else 0."""
+    return int(value.dtype is not None and value.dtype.bitwidth < 8)
 
 
 class SegmentRunner:

@@ -60,6 +60,36 @@ def test_every_value_equals_a_run_of_the_whole(limit: int) -> None:
 
 
 @pytest.mark.parametrize("limit", LIMITS)
+def test_codes_of_less_than_a_byte_do_not_cross(limit: int) -> None:
+    """Two reads of them, the second one late: what lies between stays in one segment."""
+    model = parse(
+        """
+        g (float[4, 4] x) => (float[4, 4] y)
+        <float s = {0.25}, uint4 z = {7}>
+        {
+            a = Neg(x)
+            q = QuantizeLinear(a, s, z)
+            b = DequantizeLinear(q, s, z)
+            c = Exp(b)
+            d = Neg(c)
+            e = DequantizeLinear(q, s, z)
+            f = Add(d, e)
+            y = Neg(f)
+        }
+        """
+    )
+    feeds = {"x": normal(4, 4)}
+    found: dict[str, Array] = {}
+    runner = SegmentRunner(model, [feeds], limit)
+    for step in runner.stream({"b", "e", "y"}):
+        found |= step.values
+    assert set(found) == {"b", "e", "y"}
+    np.testing.assert_array_equal(found["y"], run_model(model, feeds)[0])
+    np.testing.assert_array_equal(found["b"], found["e"])
+    assert len(runner.segments) > 1 or limit > 400
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 def test_segments_fit_the_limit_and_cover_the_graph(limit: int) -> None:
     graph = parse(GRAPH).graph
     segments = cut_segments(graph, limit)
