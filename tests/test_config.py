@@ -107,6 +107,10 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"down_bits": 8, "promote": float("nan")}, "QN503"),
         ({"promote": 0.1}, "QN503"),  # all have 16 bits already
         ({"bos": "maybe"}, "QN503"),
+        ({"prefix": "often"}, "QN503"),
+        ({"prefix": "1,"}, "QN503"),
+        ({"prefix": "-1"}, "QN503"),
+        ({"prefix": ""}, "QN503"),
         ({"exporter": "by-hand"}, "QN503"),
         ({"online": ("r2",)}, "QN503"),
         ({"online": ("r3", "")}, "QN503"),
@@ -136,6 +140,9 @@ def test_values_that_cannot_be_meant(options: dict[str, Any], code: str) -> None
         {"mask_value": -9999.0},
         {"freeze_dims": {"N": 0}},
         {"down_bits": 8, "promote": 1},
+        {"prefix": "auto"},
+        {"prefix": "none"},
+        {"prefix": "0,17, 3"},
     ],
 )
 def test_values_at_the_edge(options: dict[str, Any]) -> None:

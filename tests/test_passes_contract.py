@@ -20,7 +20,8 @@ from qnpu.runtime_check.feeds import TokenWindows
 from tests.conftest import parse
 
 WINDOWS = TokenWindows(np.array([[0, 3, 1, 2], [2, 2, 3, 0]]))
-PASSES = default_passes(CompileConfig(seq_len=4, online=("r3", "r4"), integer_io=True), WINDOWS)
+EVERYTHING = CompileConfig(seq_len=4, online=("r3", "r4"), prefix="1", integer_io=True)
+PASSES = default_passes(EVERYTHING, WINDOWS)
 FOLDER = Path(__file__).parent
 
 # A spelt-out decoder layer without attention heads: each float pass finds something to do.
@@ -86,7 +87,7 @@ def numbers(compilation: Compilation) -> dict[str, tuple[object, ...]]:
 def test_a_second_run_changes_nothing(text: str, scheme: str, rotate: bool, target: str) -> None:
     compilation = Compilation(parse(text), load_target(target))
     online = ("r3", "r4") if rotate else ()
-    config = CompileConfig(scheme=scheme, seq_len=4, rotate=rotate, online=online, integer_io=True)
+    config = dataclasses.replace(EVERYTHING, scheme=scheme, rotate=rotate, online=online)
 
     def check(done: Pass) -> None:
         verify_stage(compilation)
