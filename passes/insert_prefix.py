@@ -88,8 +88,7 @@ class InsertPrefix(Pass):
         try:
             return self._insert(compilation)
         except NoPrefixError as reason:
-            rule = PrefixLeftOut(str(reason))
-            compilation.diagnostics.append(rule.at())
+            compilation.diagnostics.append(PrefixLeftOut(str(reason)).at())
             return 0
 
     def _insert(self, compilation: Compilation) -> int:
@@ -105,7 +104,7 @@ class InsertPrefix(Pass):
         _prepend(trial.graph, find_attention(trial.graph)[0], adjacent)
         names = [name_of(item.mix.outputs[0]) for item in attentions]
         error = prefix_error(trial, names, feeds, expected, len(ids))
-        if error > _TOLERANCE:
+        if not error <= _TOLERANCE:  # nor where it is NaN
             raise NoPrefixError(f"attention differs by {error:.1e} from that with tokens in front")
 
         steps = -len(ids) - _first_position(feeds, attentions[0].tokens - feeds.length)

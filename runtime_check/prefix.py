@@ -392,7 +392,7 @@ def _captured(
     rows = [array if path.by_rows else np.swapaxes(array, -1, -2) for array in keys]
     rows = [array[..., -length:, :] for array in rows]
     turn = measure_turn(np.stack(rows[1:]))
-    if turn.error > _FIT_TOLERANCE:
+    if not turn.error <= _FIT_TOLERANCE:  # nor where it is NaN
         raise NoPrefixError("keys do not depend on positions as rotary embeddings make them")
     only = np.zeros_like(rows[0])
     only[..., :count, :] = rows[0][..., :count, :]
