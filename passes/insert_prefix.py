@@ -58,9 +58,10 @@ class InsertPrefix(Pass):
 
     The prefix is found on data where ``ids`` is None, else it is what ``ids`` says.
 
-    Must not fire where the graph takes no token ids, an attention is not understood, keys depend on
-    positions otherwise than by RoPE, nothing stands out, or the first tokens' attention differs
-    from that of the graph given the prefix as tokens (QN310). A graph holds one prefix at most.
+    Must not fire where the graph takes no token ids or one at a time, an attention is not
+    understood, keys depend on positions otherwise than by RoPE, nothing stands out, or the first
+    tokens' attention differs from that of the graph given the prefix as tokens (QN310). A graph
+    holds one prefix at most.
 
     Raises:
         DiagnosticError: QN301, QN305 the data do not fit; QN503 an id is not in the vocabulary.
@@ -124,6 +125,8 @@ class InsertPrefix(Pass):
         shape = static_shape(entry) if entry is not None else None
         if entry is None or shape is None or len(shape) != 2 or shape[0] != 1:
             raise NoPrefixError("the graph takes no token ids of one text, (1, S)")
+        if shape[1] < 2:
+            raise NoPrefixError("a run of one token has no room to compute a prefix in")
         pasts = {past_length(item, shape[1]) for item in attentions}
         if None in pasts or len(pasts) > 1:
             raise NoPrefixError("keys are neither the tokens' own nor a cache's in front of them")
@@ -135,8 +138,7 @@ class InsertPrefix(Pass):
         if self.ids is not None:
             self._check_ids(model, feeds)
             if not 0 < len(self.ids) < feeds.length:
-                reason = f"{len(self.ids)} tokens in front of a text of {feeds.length}"
-                raise NoPrefixError(reason)
+                raise NoPrefixError(f"{len(self.ids)} tokens do not fit into {feeds.length}")
             return self.ids
         if not down_inputs(model.graph):
             raise NoPrefixError("no down projection was found to look for outliers in")

@@ -14,8 +14,8 @@ from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import constant_array, name_of, set_constant, static_shape
 from qnpu.compiler.handout import make_handout
-from qnpu.compiler.pass_base import Compilation
-from qnpu.compiler.pipeline import check_result, compile_model
+from qnpu.compiler.pass_base import Compilation, run_passes
+from qnpu.compiler.pipeline import canonical_passes, check_result, compile_model
 from qnpu.compiler.prefix import prefix_of
 from qnpu.compiler.target import Verdict, load_target
 from qnpu.compiler.target_check import check_target
@@ -324,6 +324,19 @@ def test_learned_positions_leave_the_graph_alone() -> None:
 
 def test_a_graph_that_takes_embeddings() -> None:
     assert insert(embedded(), InsertPrefix(AnyIds(), (2,))) == (0, ["QN310"])
+
+
+def test_a_graph_of_one_token_at_a_time() -> None:
+    model = exported("llama", "optimum")
+    dims = {"sequence_length": 1, "past_sequence_length": 6}
+    run_passes(
+        canonical_passes(CompileConfig(freeze_dims=dims)),
+        Compilation(model),
+        after_pass=lambda done: None,
+    )
+    samples = {name_of(v): normal(*(static_shape(v) or ())) for v in model.graph.inputs}
+    samples["input_ids"] = np.zeros((1, 1), np.int64)
+    assert insert(model, InsertPrefix(ArraySamples(samples), (5,))) == (0, ["QN310"])
 
 
 def test_a_token_that_is_not_in_the_vocabulary() -> None:
