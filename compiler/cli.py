@@ -48,6 +48,7 @@ from qnpu.compiler.pipeline import (
     find_topology,
     write_result,
 )
+from qnpu.compiler.process import process_count, process_index
 from qnpu.compiler.quantized_model import legalize_model, write_legalized
 from qnpu.compiler.rules import InvalidConfig, WouldOverwrite
 from qnpu.compiler.target import TargetProfile, load_target, target_names
@@ -280,6 +281,7 @@ def _compile(
     from_file = read_config(config) if config else {}
     given = from_file | {k: v for k, v in options.items() if v is not None}
     settings = CompileConfig(**given)
+    settings.check_processes(process_count())
     if explain_topology:
         _print_topology(model, settings, quiet)
         return
@@ -291,7 +293,7 @@ def _compile(
     times: dict[str, float] = {}
 
     with (
-        progress_bars(shown=not quiet) as progress,
+        progress_bars(shown=not quiet and process_index() == 0) as progress,
         open_model(model, settings, progress) as opened,
     ):
         _refuse_own_input(opened, out)
@@ -305,6 +307,8 @@ def _compile(
         record = LearningRecord(out / LEARNING_FOLDER, resume)
         result = compile_model(opened.model, settings, calibration, progress, record)
         times["compile"] = time.perf_counter() - started - times["load"]
+        if process_index() > 0:
+            return  # the first of several processes writes
         batch = calibration.feeds(result.float_model.graph.inputs)[0]
         evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
         checks = check_result(result, batch, evaluation, progress)

@@ -136,6 +136,17 @@ class CompileConfig:
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
 
+    def check_processes(self, count: int) -> None:
+        """Whether several processes can work on this together.
+
+        Raises:
+            DiagnosticError: QN503 they cannot.
+        """
+        if count > 1 and self.learn != "end-to-end":
+            _fail("learn", f"{count} processes can share end-to-end learning, nothing else")
+        if self.learn_batch % count:
+            _fail("learn_batch", f"{self.learn_batch} is no multiple of {count} processes")
+
     @property
     def windows(self) -> int:
         """Windows of text that are needed: to measure on and, where codes are chosen, for that."""

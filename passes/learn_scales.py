@@ -16,6 +16,7 @@ from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear, as_linear, is_float, is_layout_copy
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
+from qnpu.compiler.process import process_index
 from qnpu.compiler.quant_types import widened
 from qnpu.compiler.roles import is_down_projection
 from qnpu.compiler.rotated_caches import turn_caches
@@ -105,7 +106,7 @@ class LearnScales(Pass):
             return 0
         feeds = [turn_caches(compilation.model, run) for run in self.data.feeds(graph.inputs)]
         work = _Work(compilation, blocks, feeds, activations, _reals(graph, weights))
-        if self.record is not None:
+        if self.record is not None and process_index() == 0:
             self.record.open(work.fingerprint(self._options()))
         if self.driver == BLOCKWISE:
             self._learn_blocks(work)
@@ -141,9 +142,10 @@ class LearnScales(Pass):
 
     def _learn_whole(self, work: _Work) -> None:
         from qnpu.runtime_check import end_to_end_learning as end_to_end  # noqa: PLC0415
-        from qnpu.runtime_check import learned_tensors  # noqa: PLC0415
+        from qnpu.runtime_check import learned_tensors, processes  # noqa: PLC0415
         from qnpu.runtime_check.learned_rotations import LearnedRotations  # noqa: PLC0415
 
+        processes.wait()  # for the record
         graph, table = work.compilation.graph, work.compilation.encodings
         options = end_to_end.EndToEndOptions(
             logits=_logits(graph),
@@ -157,7 +159,9 @@ class LearnScales(Pass):
         rotations = LearnedRotations(graph) if self.weights == "rotations" else None
         learned: LearnedTensors
         if rotations is None:
-            learned = learned_tensors.LearnedCodes(table, work.activations, work.reals)
+            learned = learned_tensors.LearnedCodes(
+                table, work.activations, work.reals, margin=end_to_end.MARGIN
+            )
         else:
             learned = learned_tensors.LearnedScales(table, work.activations, work.reals, rotations)
 

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.process import process_count, process_index
 from qnpu.runtime_check import processes
 from qnpu.runtime_check.cayley_sgd import CayleySGD
 from qnpu.runtime_check.learned_tensors import LearnedTensors
@@ -28,10 +29,12 @@ _NOW = 0
 _NUMBERS = "numbers"
 TOKENS = "input_ids"
 RATES = {
-    "adamw": {"latent": 1e-3, "weight_step": 1e-3, "step": 1e-3, "zero_point": 0.05},
+    "adamw": {"latent": 3e-4, "weight_step": 5e-4, "step": 5e-4, "zero_point": 0.02},
     "sgd": {"rotation": 0.1, "weight_step": 0.01, "step": 0.01, "zero_point": 0.01},
 }
 """Optimizer → kind of parameter → learning rate; of SGD the paper's."""
+MARGIN = 0.05
+"""Of codes, LSB; see ``LearnedRounding``. With 0.01 the noise of single runs flips many at once."""
 END_TO_END = "end-to-end"
 
 
@@ -207,8 +210,8 @@ class _Trainer:
         self._count = len(feeds) - held
         self._held = range(self._count, len(feeds)) if held else range(len(feeds))
         processes.join()
-        self._sharded = options.sharded and processes.process_count() > 1
-        if self._sharded:
+        processes.same_start(learned.all_parameters())
+        if options.sharded and process_count() > 1:
             processes.shard(learned.large_modules())
         self._optimizers = _optimizers(learned, options)
         self._step, self._since = 0, 0
@@ -252,7 +255,7 @@ class _Trainer:
         if self._best_step == self._step:
             self._kept, self._kept_step = state, self._step
         moments = _moments(self._optimizers)
-        if self._record is None or self._step == 0 or processes.process_index():
+        if self._record is None or self._step == 0 or process_index():
             return
         if self._kept_step > before:
             self._record.save(self._kept_step, self._kept)
@@ -280,16 +283,16 @@ class _Trainer:
     def _learn_step(self) -> float:
         """One step of the optimizers; the mean loss of its runs."""
         options, learned = self._options, self._learned
-        share = 1.0 if self._step < options.local_share * options.steps else 0.0
-        learned.set_local_loss(share / options.batch)
+        local = self._step < options.local_share * options.steps
+        part = process_count() / options.batch  # what a run counts in the mean over processes
+        learned.set_local_loss(part if local else 0.0)
         runs = processes.own_share(_runs_of(self._step, options, self._count))
         total = 0.0
         for run in runs:
             loss = self._loss(run)
             total += float(loss.detach())
-            (loss / options.batch).backward()  # type: ignore[no-untyped-call]
-        parameters = [p for kind in learned.parameters().values() for p in kind]
-        processes.add_gradients(parameters)
+            (loss * part).backward()  # type: ignore[no-untyped-call]
+        processes.average_gradients(learned.all_parameters())
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_rate"] * _rate(self._step, options.steps)

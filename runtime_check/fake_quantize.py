@@ -15,8 +15,6 @@ from qnpu.runtime_check.processes import whole
 
 # A learned scale keeps this part of its first value at least: none may vanish or turn negative.
 _LEAST_FACTOR = 0.05
-# A latent starts this far from its code at most, LSB.
-_WITHIN = 0.49
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -194,6 +192,8 @@ class LearnedRounding(torch.nn.Module):
         encoding: symmetric, per channel.
         codes: to start from.
         real: w.
+        margin: how far from flipping each latent starts at least, LSB: wider where gradients are
+            noisy.
 
     Attributes:
         spec: bit width and kind.
@@ -203,14 +203,17 @@ class LearnedRounding(torch.nn.Module):
 
     _first: Tensor
 
-    def __init__(self, encoding: Encoding, codes: NDArray[Any], real: NDArray[Any]) -> None:
+    def __init__(
+        self, encoding: Encoding, codes: NDArray[Any], real: NDArray[Any], margin: float = 0.01
+    ) -> None:
         super().__init__()
         self.spec: QuantSpec = encoding.spec
         self.register_buffer("_first", torch.from_numpy(np.array(encoding.scale)))
         middle = torch.from_numpy(widened(codes).astype(np.float32))
         ratio = torch.from_numpy(real.astype(np.float32))
         ratio = ratio / _broadcast_to(ratio, self._first, self.spec)
-        self.latent = torch.nn.Parameter(ratio.clamp(middle - _WITHIN, middle + _WITHIN))
+        within = 0.5 - margin
+        self.latent = torch.nn.Parameter(ratio.clamp(middle - within, middle + within))
         self.step = torch.nn.Parameter(torch.zeros(encoding.scale.shape))
 
     def forward(self) -> Tensor:

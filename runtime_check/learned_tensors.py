@@ -85,6 +85,10 @@ class LearnedTensors(abc.ABC):
         """Those whose parameters are worth sharing out between processes."""
         yield from ()
 
+    def all_parameters(self) -> list[torch.nn.Parameter]:
+        """Of every kind."""
+        return [parameter for kind in self.parameters().values() for parameter in kind]
+
     def set_local_loss(self, weight: float) -> None:
         """Weighs activations' own errors; see ``FakeQuantize``."""
         for quantizer in self.activations.values():
@@ -120,14 +124,22 @@ class LearnedCodes(LearnedTensors):
         table: encodings and codes to start from.
         activations: names of values whose encodings learn.
         reals: constants whose codes and scales learn.
+        margin: see ``LearnedRounding``.
     """
 
     optimizer = "adamw"
 
-    def __init__(self, table: EncodingTable, activations: Collection[str], reals: Reals) -> None:
+    def __init__(
+        self,
+        table: EncodingTable,
+        activations: Collection[str],
+        reals: Reals,
+        *,
+        margin: float = 0.01,
+    ) -> None:
         super().__init__(table, activations, relative=True)
         self._rounded = {
-            name: LearnedRounding(table[name], table.quantize(name, real), real)
+            name: LearnedRounding(table[name], table.quantize(name, real), real, margin)
             for name, real in reals.items()
         }
         self.weights = self._rounded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import atexit
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,27 +10,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-
-def process_index() -> int:
-    """This process's number, 0 where there is one alone (torchrun's RANK)."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def process_count() -> int:
-    """How many work together (torchrun's WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from qnpu.compiler.process import process_count, process_index
 
 
 def join() -> None:
     """Meets the other processes, once; where there are none, does nothing."""
     if process_count() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(_leave)
 
 
-def leave() -> None:
-    """Parts from the other processes."""
+def wait() -> None:
+    """Until every process is here."""
+    if process_count() > 1:
+        join()
+        dist.barrier()
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -45,12 +46,9 @@ def shard(modules: Iterable[torch.nn.Module]) -> None:
 
     A module's parameters come together, by torch's FSDP, while it is called.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
-
     mesh = init_device_mesh("cpu", (process_count(),))
     for module in modules:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def same_start(parameters: Iterable[Tensor]) -> None:
@@ -60,8 +58,8 @@ def same_start(parameters: Iterable[Tensor]) -> None:
             dist.broadcast(parameter.detach(), 0)
 
 
-def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replaces each gradient by the sum over all processes; FSDP has its own means for a part."""
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replaces each gradient by the mean over all processes; of shared-out ones FSDP did so."""
     if process_count() == 1:
         return
     for parameter in parameters:
@@ -70,6 +68,7 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
+        parameter.grad /= process_count()
 
 
 def mean_of(value: float) -> float:
