@@ -53,6 +53,7 @@ from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.learn_scales import LearnScales
 from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
+from qnpu.passes.recalibrate_ranges import RecalibrateRanges
 from qnpu.passes.round_weights import RoundWeights
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
@@ -122,11 +123,14 @@ def default_passes(
         )
     ]
     turns = config.learn_weights == "rotations"  # of which codes are the nearest, so before others
+    method = RangeMethod(config.range_method)
+    again: list[Pass] = [RecalibrateRanges(measured, method, progress=progress)]
     encodings: list[Pass] = [
-        CalibrateRanges(measured, RangeMethod(config.range_method), progress=progress),
+        CalibrateRanges(measured, method, progress=progress),
         *(learning if config.learn != "none" and turns else []),
         *(rounding if config.weights == "gptq" else []),
         *(learning if config.learn != "none" and not turns else []),
+        *(again if config.learn != "none" else []),
     ]
     return [
         *canonical_passes(config),

@@ -14,9 +14,10 @@ from qnpu.compiler.rotated_weights import mark_rotated_weights
 from qnpu.compiler.target import load_target
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
-from qnpu.passes.calibrate_ranges import CalibrateRanges, fixed_encoding
+from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.runtime_check.feeds import ArraySamples, FeedSource
 from qnpu.runtime_check.observer import RangeMethod
+from qnpu.runtime_check.range_measuring import fixed_encoding
 from tests.conftest import normal, parse
 
 NETWORK = """
