@@ -50,6 +50,7 @@ from qnpu.compiler.pipeline import (
 )
 from qnpu.compiler.process import process_count, process_index
 from qnpu.compiler.quantized_model import legalize_model, write_legalized
+from qnpu.compiler.recipes import read_recipe, recipe_names
 from qnpu.compiler.rules import InvalidConfig, WouldOverwrite
 from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
@@ -79,6 +80,13 @@ def _compile(
     model: ModelArgument,
     scheme: Annotated[
         str | None, typer.Option(help=f"Bits: {', '.join(SCHEMES)}. Default: {_DEFAULTS.scheme}.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Options that belong together: {', '.join(recipe_names())}; others win. "
+            "default: the best we measured, up to an hour; paper: Quant.npu as published."
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -278,7 +286,8 @@ def _compile(
         "tokenizer": tokenizer,
         "exporter": exporter,
     }
-    from_file = read_config(config) if config else {}
+    from_file = read_recipe(recipe) if recipe else {}
+    from_file |= read_config(config) if config else {}
     given = from_file | {k: v for k, v in options.items() if v is not None}
     settings = CompileConfig(**given)
     settings.check_processes(process_count())

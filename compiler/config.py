@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any, get_type_hints
 
 from qnpu.compiler.bit_plan import CHOSEN_BITS, Scheme
@@ -170,7 +170,7 @@ class CompileConfig:
         return dataclasses.asdict(self)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Traversable) -> dict[str, Any]:
     """Keys and values of a TOML file, checked against ``CompileConfig``.
 
     Raises:

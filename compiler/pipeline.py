@@ -117,6 +117,7 @@ def default_passes(
             config.distill,
             config.local_loss,
             config.seed,
+            RangeMethod(config.range_method),
             config.learn_sharded,
             record=record,
             progress=progress,

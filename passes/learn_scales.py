@@ -24,6 +24,8 @@ from qnpu.compiler.rules import LearningDiverged, NothingToPredict
 from qnpu.runtime_check.blocks import cut_blocks
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.learning_record import LearningRecord, State, fingerprint
+from qnpu.runtime_check.observer import RangeMethod
+from qnpu.runtime_check.range_measuring import encode_constants
 from qnpu.runtime_check.segments import Segment
 from qnpu.runtime_check.session import Feeds
 
@@ -58,8 +60,8 @@ class LearnScales(Pass):
     * ``weights="codes"``: codes and scales of weights of 4 bits or fewer, where codes were chosen
       (**D**). The graph is not changed.
     * ``weights="rotations"``: scales of weights of 8 bits or fewer, rounded to nearest, together
-      with R1 and R2, which are multiplied into the graph's weights at the end; encodings of other
-      constants that are rotated so are taken out of the table, to be made anew. End to end only.
+      with R1 and R2, which are multiplied into the graph's weights at the end; other constants
+      that are rotated so are encoded anew. End to end only.
 
     Must not fire on a graph that has no such tensor, or on encodings that this driver has learned.
 
@@ -73,6 +75,7 @@ class LearnScales(Pass):
         distillation: d.
         local_share: part of the steps in which activations' own errors count as well.
         seed: of the order of the data.
+        method: ranges of constants that learned rotations change.
         sharded: several processes (torchrun) hold a part of the parameters each.
         record: keeps what was learned on disk, for a run that is killed; None: nothing is kept.
         progress: called with the loss and the fraction done.
@@ -94,6 +97,7 @@ class LearnScales(Pass):
     distillation: float = 0.9
     local_share: float = 0.0
     seed: int = 0
+    method: RangeMethod = RangeMethod.MSE
     sharded: bool = False
     record: LearningRecord | None = None
     progress: ProgressCallback = no_progress
@@ -181,6 +185,7 @@ class LearnScales(Pass):
             for name in rotations.rotated - set(work.reals):
                 table.forget(name)
             rotations.apply_to_graph()
+            encode_constants(work.compilation, self.method)
         table.mark_learned(learned.names, END_TO_END)
 
     def names(self, blocks: Sequence[Segment], table: EncodingTable) -> tuple[list[str], list[str]]:

@@ -23,8 +23,7 @@ class RecalibrateRanges(Pass):
 
     The graph is not changed. Every activation that was not learned loses its encoding, and gets one
     by the ranges it has where constants and all that was learned are quantized, and so is each
-    activation of an earlier segment (about a decoder layer) by its new encoding. Constants that
-    have none, as learned rotations leave them, are encoded first.
+    activation of an earlier segment (about a decoder layer) by its new encoding.
 
     Must not fire on a table in which nothing was learned, or that it has measured already.
 

@@ -68,7 +68,7 @@ def encode_missing(
         DiagnosticError: QN107 a weight, QN304 an activation is NaN or infinite.
     """
     before = set(compilation.encodings)
-    _encode_constants(compilation, method)
+    encode_constants(compilation, method)
     _encode_fixed(compilation)
     plan, table, graph = compilation.bit_plan, compilation.encodings, compilation.graph
     wanted = {
@@ -170,8 +170,14 @@ def _encode(name: str, observer: Observer, compilation: Compilation) -> None:
     compilation.encodings[name] = Encoding.from_range(spec, *observer.value_range(spec))
 
 
-def _encode_constants(compilation: Compilation, method: RangeMethod) -> None:
-    """Weights per channel, other constants per tensor; 32-bit biases wait for their inputs."""
+def encode_constants(compilation: Compilation, method: RangeMethod) -> None:
+    """Encodes constants that are not: weights per channel, others per tensor.
+
+    32-bit biases wait for their inputs.
+
+    Raises:
+        DiagnosticError: QN107 a weight is NaN or infinite.
+    """
     plan, table = compilation.bit_plan, compilation.encodings
     faults = non_finite_weights(compilation.graph)
     if faults:

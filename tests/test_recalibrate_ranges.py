@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import is_layout_copy
@@ -95,18 +94,3 @@ def test_must_not_fire() -> None:
     before = numbers(compilation)
     assert RecalibrateRanges(WINDOWS).run(compilation) == 0
     assert numbers(compilation) == before
-
-
-def test_constants_that_learned_rotations_changed_are_encoded_anew() -> None:
-    compilation = rounded()
-    LearnScales(WINDOWS, "end-to-end", "rotations", steps=2).run(compilation)
-    table = compilation.encodings
-    missing = {n for n in compilation.bit_plan.specs if n not in table}
-    constants = missing & set(compilation.graph.initializers)
-    assert constants
-    RecalibrateRanges(WINDOWS).run(compilation)
-    assert all(
-        name in table or compilation.bit_plan[name].bits == 32  # biases follow from their inputs
-        for name in constants
-    )
-    assert isinstance(compilation.model, ir.Model)
