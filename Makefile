@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python bench/schemes.py
+	$(BIN)/python -m bench.schemes
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,16 +1,13 @@
 """Compiles one model under several schemes, as a user would, and prints what came out.
 
-    python bench/schemes.py                                     # what `make demo` runs
-    python bench/schemes.py --schemes w8a16,w8a8,w4a16,w4a8 \\
+    python -m bench.schemes                                     # what `make demo` runs
+    python -m bench.schemes --schemes w8a16,w8a8,w4a16,w4a8 \\
         --calib wiki.valid.tokens --text wiki.test.raw --windows 40 --bos none
-    python bench/schemes.py --schemes w8a8 --down-bits 8 --online r4
+    python -m bench.schemes --schemes w8a8 --down-bits 8 --online r4
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_COMMANDS = Path(sys.executable).parent
+from bench.measured import run_command
 
 
 def main(
@@ -41,7 +38,9 @@ def main(
         path = out / "float" / f"{model}.onnx"
         if not path.exists():
             console.print(f"exporting {model} to {path}")
-            _run(["qnpu-export", model, "--seq-len", str(seq_len), "--out", str(path), "--json"])
+            run_command(
+                ["qnpu-export", model, "--seq-len", str(seq_len), "--out", str(path), "--json"]
+            )
         source = str(path)
     rows: dict[str, dict[str, Any]] = {}
     for scheme in schemes.split(","):
@@ -52,20 +51,9 @@ def main(
         options += ["--down-bits", str(down_bits)]
         options += ["--calib", calib] if calib else []
         options += ["--eval-text", text] if text else []
-        rows[scheme] = _run(["qnpu-compile", source, *options])
+        rows[scheme] = run_command(["qnpu-compile", source, *options])
     float_bytes = sum(file.stat().st_size for file in Path(source).parent.glob("*.onnx*"))
     _print(console, model, float_bytes, rows)
-
-
-def _run(command: list[str]) -> dict[str, Any]:
-    """Runs one of our commands, its progress shown; returns the JSON it prints."""
-    done = subprocess.run(
-        [_COMMANDS / command[0], *command[1:]], check=False, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def _print(console: Console, model: str, float_bytes: int, rows: dict[str, dict[str, Any]]) -> None:
