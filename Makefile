@@ -36,4 +36,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build demo-out foreign-out oracle-cache
+	rm -rf $(VENV) build demo-out levers-out ablation-out foreign-out oracle-cache

@@ -39,6 +39,8 @@ def _run(module: str, app: str) -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     # ONNX Runtime would report its use to Microsoft, and keep a database of that under ~/.cache.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # Threads that spin while they wait slow each other down where other work runs, torch's by far.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.disable()  # the imports make no garbage; to look for some takes a third of their time
     commands = importlib.import_module(f"qnpu.compiler.{module}")
     gc.freeze()
