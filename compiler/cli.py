@@ -159,6 +159,12 @@ def _compile(
         float | None,
         typer.Option(help="Part of end-to-end steps with a loss of each activation. Default: 0."),
     ] = None,
+    learn_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="End to end, compute in float32, bfloat16, or auto: the latter where it is fast."
+        ),
+    ] = None,
     learn_sharded: Annotated[
         bool | None,
         typer.Option(
@@ -268,6 +274,7 @@ def _compile(
         "learn_tensors": learn_tensors,
         "distill": distill,
         "local_loss": local_loss,
+        "learn_dtype": learn_dtype,
         "learn_sharded": learn_sharded,
         "down_bits": down_bits,
         "promote": promote,

@@ -46,6 +46,7 @@ class CompileConfig:
         learn_tensors: activations whose encodings learn: inputs of ``rotated`` linears, or ``all``.
         distill: part of the end-to-end loss that is KL to the float model, not cross-entropy.
         local_loss: part of the end-to-end steps in which activations' own errors count as well.
+        learn_dtype: what is computed in end to end: ``float32``, ``bfloat16``, or ``auto``.
         learn_sharded: under torchrun, each process holds a part of what is learned.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
@@ -85,6 +86,7 @@ class CompileConfig:
     learn_tensors: str = "rotated"
     distill: float = 0.9
     local_loss: float = 0.0
+    learn_dtype: str = "auto"
     learn_sharded: bool = False
     rotate: bool = True
     rotate_caches: bool = True
@@ -116,6 +118,7 @@ class CompileConfig:
         _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
         _check_choice("learn_weights", self.learn_weights, ["codes", "rotations"])
         _check_choice("learn_tensors", self.learn_tensors, ["rotated", "all"])
+        _check_choice("learn_dtype", self.learn_dtype, ["auto", "float32", "bfloat16"])
         if self.learn_weights == "rotations" and self.learn == "blockwise":
             _fail("learn_weights", "rotations are learned end to end: learn = end-to-end")
         _check_share("distill", self.distill)

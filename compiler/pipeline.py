@@ -118,6 +118,7 @@ def default_passes(
             config.local_loss,
             config.seed,
             RangeMethod(config.range_method),
+            config.learn_dtype,
             config.learn_sharded,
             record=record,
             progress=progress,

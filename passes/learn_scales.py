@@ -76,6 +76,8 @@ class LearnScales(Pass):
         local_share: part of the steps in which activations' own errors count as well.
         seed: of the order of the data.
         method: ranges of constants that learned rotations change.
+        dtype: what the model is computed in end to end: ``float32``, ``bfloat16``, or ``auto`` for
+            the latter where the processor multiplies it faster.
         sharded: several processes (torchrun) hold a part of the parameters each.
         record: keeps what was learned on disk, for a run that is killed; None: nothing is kept.
         progress: called with the loss and the fraction done.
@@ -98,6 +100,7 @@ class LearnScales(Pass):
     local_share: float = 0.0
     seed: int = 0
     method: RangeMethod = RangeMethod.MSE
+    dtype: str = "float32"
     sharded: bool = False
     record: LearningRecord | None = None
     progress: ProgressCallback = no_progress
@@ -125,7 +128,7 @@ class LearnScales(Pass):
 
     def _options(self) -> str:
         chosen = (self.driver, self.weights, self.tensors, self._steps, self.batch)
-        return repr((*chosen, self.distillation, self.local_share, self.seed))
+        return repr((*chosen, self.distillation, self.local_share, self.seed, self.dtype))
 
     def _learn_blocks(self, work: _Work) -> None:
         from qnpu.runtime_check import block_learning  # noqa: PLC0415  (imports torch)
@@ -158,6 +161,7 @@ class LearnScales(Pass):
             distillation=self.distillation,
             local_share=self.local_share,
             seed=self.seed,
+            dtype=end_to_end.working_type(self.dtype),
             sharded=self.sharded,
         )
         rotations = LearnedRotations(graph) if self.weights == "rotations" else None

@@ -20,7 +20,7 @@ from qnpu.runtime_check.learned_tensors import LearnedTensors
 from qnpu.runtime_check.learning_record import LearningRecord, State
 from qnpu.runtime_check.quantized_run import quantized_constants
 from qnpu.runtime_check.segments import Segment
-from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.session import Feeds, cpu_flags
 from qnpu.runtime_check.torch_executor import CheckpointedExecutor, TorchExecutor, feed_tensors
 
 _WARMUP = 5
@@ -86,6 +86,15 @@ class Check:
     best: float
     best_step: int
     stopped: bool
+
+
+def working_type(name: str) -> torch.dtype:
+    """The type of a name; ``auto``: bfloat16 where the processor multiplies it faster."""
+    if name == "auto":
+        fast = {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
+        return torch.bfloat16 if fast else torch.float32
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 class Teacher:

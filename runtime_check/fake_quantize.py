@@ -83,8 +83,8 @@ def fake_quantized(x: Tensor, encoding: Encoding) -> Tensor:
 def _quantized(
     x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, local: float = 0.0
 ) -> Tensor:
-    """``FakeQuantize`` in the type of x."""
-    return _applied(FakeQuantize, x, scale.to(x.dtype), zero.to(x.dtype), low, high, local)
+    """``FakeQuantize``, computed in float32: a narrower type cannot tell the codes apart."""
+    return _applied(FakeQuantize, x.float(), scale, zero, low, high, local).to(x.dtype)
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: object) -> Tensor:

@@ -111,8 +111,9 @@ def _open_in_memory(model: ir.Model, options: ort.SessionOptions) -> ort.Inferen
 
 
 def cpu_flags() -> list[str]:
-    """Instruction sets that decide how integer products are summed, as this CPU reports them."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    """Instruction sets that decide how products are summed, as this CPU reports them."""
+    integers = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    wanted = (*integers, "avx512_bf16", "amx_bf16")
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

@@ -219,3 +219,19 @@ def test_a_graph_without_a_prediction_is_told() -> None:
     with pytest.raises(DiagnosticError) as error:
         learn(compilation)
     assert [diagnostic.code for diagnostic in error.value.diagnostics] == ["QN309"]
+
+
+def test_a_narrow_type_learns_the_same_within_its_precision() -> None:
+    """To 2 % of the loss, in each of the first steps."""
+    said: dict[str, list[float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        heard: list[float] = []
+
+        def hear(step: str, fraction: float, heard: list[float] = heard) -> None:
+            if "loss" in step:
+                heard.append(float(step.rpartition(" ")[2]))
+
+        work = LearnScales(REPEATED, "end-to-end", steps=12, dtype=dtype, progress=hear)
+        work.run(rounded())
+        said[dtype] = heard
+    assert said["bfloat16"][:4] == pytest.approx(said["float32"][:4], rel=0.02)
