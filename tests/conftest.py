@@ -16,6 +16,7 @@ from qnpu.compiler.pass_base import Compilation, Pass
 from qnpu.compiler.printer import model_to_text
 from qnpu.runtime_check.session import Feeds, Mode, open_session
 from qnpu.runtime_check.session import run as run_session
+from tests.commands import call
 
 Array = NDArray[Any]
 
@@ -78,3 +79,13 @@ def shared_file(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in tiny model as an ONNX file of 16 tokens, its tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    options = ("--seq-len", "16", "--out", "model.onnx", "--quiet")
+    done = call("qnpu-export", "tiny", *options, folder=folder)
+    assert done.exit_code == 0, done.stderr
+    return folder / "model.onnx"

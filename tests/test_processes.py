@@ -12,17 +12,18 @@ import pytest
 
 from tests.commands import BIN, call
 
-WORK = ("tiny", "--scheme", "w4a8", "--learn", "end-to-end", "--seq-len", "16", "--quiet")
+WORK = ("--scheme", "w4a8", "--learn", "end-to-end", "--seq-len", "16", "--quiet")
 SIZES = ("--calib-windows", "4", "--learn-windows", "12", "--learn-steps", "8")
 TWO = ("torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint")
 PLACE = "localhost:0"
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process gives with batches of two."""
     folder = tmp_path_factory.mktemp("alone")
-    done = call("qnpu-compile", *WORK, *SIZES, "--learn-batch", "2", "--out", "out", folder=folder)
+    options = (tiny_file, *WORK, *SIZES, "--learn-batch", "2", "--out", "out")
+    done = call("qnpu-compile", *options, folder=folder)
     assert done.exit_code == 0, done.stderr
     return folder / "out"
 
@@ -39,13 +40,14 @@ def codes(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("more", [(), ("--learn-sharded",)], ids=["replicated", "sharded"])
 def test_two_processes_learn_what_one_does(
-    alone: Path, tmp_path: Path, more: tuple[str, ...]
+    alone: Path, tiny_file: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     """Sums in another order differ by rounding: scales to 1e-4, and at most 1 code in 1,000."""
     command: tuple[str | Path, ...] = (
         *TWO,
         PLACE,
         BIN / "qnpu-compile",
+        tiny_file,
         *WORK,
         *SIZES,
         "--learn-batch",
@@ -66,9 +68,9 @@ def test_two_processes_learn_what_one_does(
     )
 
 
-def test_processes_share_end_to_end_learning_alone(tmp_path: Path) -> None:
+def test_processes_share_end_to_end_learning_alone(tiny_file: Path, tmp_path: Path) -> None:
     for learn, batch in (("blockwise", "2"), ("end-to-end", "3")):
         options = ("--learn", learn, "--learn-batch", batch, "--out", "out")
-        done = call("qnpu-compile", "tiny", *options, folder=tmp_path, WORLD_SIZE="2", RANK="0")
+        done = call("qnpu-compile", tiny_file, *options, folder=tmp_path, WORLD_SIZE="2", RANK="0")
         assert done.codes == ["QN503"]
     assert not (tmp_path / "out").exists()

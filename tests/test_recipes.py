@@ -34,12 +34,14 @@ def test_an_unknown_recipe() -> None:
     assert [diagnostic.code for diagnostic in error.value.diagnostics] == ["QN503"]
 
 
-def test_options_win_over_a_file_and_a_file_over_the_recipe(tmp_path: Path) -> None:
+def test_options_win_over_a_file_and_a_file_over_the_recipe(
+    tiny_file: Path, tmp_path: Path
+) -> None:
     """The paper's whole way on a tiny model, in two steps."""
     (tmp_path / "own.toml").write_text('scheme = "w4a8"\nlearn_steps = 2\nlearn_windows = 3\n')
     options = ("--config", "own.toml", "--learn-windows", "4", "--seq-len", "16", "--quiet")
     sizes = ("--calib-windows", "2", "--eval-windows", "1")
-    done = call("qnpu-compile", "tiny", "--recipe", "paper", *options, *sizes, folder=tmp_path)
+    done = call("qnpu-compile", tiny_file, "--recipe", "paper", *options, *sizes, folder=tmp_path)
     assert done.exit_code == 0, done.stderr
     config = json.loads((tmp_path / "qnpu-out" / "report.json").read_text())["config"]
     assert (config["learn_weights"], config["learn_steps"], config["learn_windows"]) == (
