@@ -25,6 +25,7 @@ from qnpu.runtime_check.torch_executor import CheckpointedExecutor, TorchExecuto
 
 _WARMUP = 5
 _PATIENCE = 3
+_MOST_HELD = 4  # each costs as much at every check as half a step
 _NOW = 0
 _NUMBERS = "numbers"
 TOKENS = "input_ids"
@@ -182,7 +183,7 @@ def learn_end_to_end(
 ) -> Iterator[Check]:
     """Learns with the whole model's loss, and leaves the best state in ``learned``.
 
-    A sixteenth of the runs, one at least, is not learned from: of the states at equal distances the
+    A sixteenth of the runs, one to four, is not learned from: of the states at equal distances the
     one with the least loss there is kept. Three checks in a row that bring nothing better end it.
 
     Args:
@@ -215,7 +216,7 @@ class _Trainer:
         self._record, self._tell = record, tell
         self._teacher = Teacher(blocks, feeds, options.logits)
         self._student = Student(blocks, table, learned, options.logits, options.dtype)
-        held = max(1, len(feeds) // 16) if len(feeds) > 1 else 0
+        held = min(_MOST_HELD, max(1, len(feeds) // 16)) if len(feeds) > 1 else 0
         self._count = len(feeds) - held
         self._held = range(self._count, len(feeds)) if held else range(len(feeds))
         processes.join()
