@@ -49,6 +49,21 @@ class Legalized:
     rewrite: str
 
 
+@dataclass(frozen=True, slots=True)
+class LearningPoint:
+    """A loss that learning came to.
+
+    Attributes:
+        what: ``block 3``, or ``model``.
+        step: of the optimizer.
+        loss: as the driver defines it.
+    """
+
+    what: str
+    step: int
+    loss: float
+
+
 @dataclass(slots=True)
 class Compilation:
     """All state of one compile: the only mutable object that passes share.
@@ -59,6 +74,7 @@ class Compilation:
         bit_plan: filled by assign-bit-widths.
         encodings: filled by calibrate-ranges, empty again once Q/DQ pairs carry them.
         diagnostics: warnings and notes; errors are raised.
+        learning: filled by learn-scales, in order.
         legalized: filled by legalize-target, in order.
         stage: what the last pass produced.
     """
@@ -68,6 +84,7 @@ class Compilation:
     bit_plan: BitPlan = field(default_factory=BitPlan)
     encodings: EncodingTable = field(default_factory=EncodingTable)
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    learning: list[LearningPoint] = field(default_factory=list)
     legalized: list[Legalized] = field(default_factory=list)
     stage: Stage = Stage.FLOAT
 

@@ -24,6 +24,7 @@ from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
+    LearningPoint,
     Legalized,
     Pass,
     ProgressCallback,
@@ -168,6 +169,7 @@ class CompileResult:
         diagnostics: notes and warnings.
         rewrites: pass name → how many places it changed.
         legalized: what legalize-target did to which node.
+        learning: losses that learning came to.
         unprefixed_model: the graph just before a prefix went in, None where none did; shares its
             weights.
     """
@@ -180,6 +182,7 @@ class CompileResult:
     diagnostics: list[Diagnostic]
     rewrites: dict[str, int]
     legalized: list[Legalized] = field(default_factory=list)
+    learning: list[LearningPoint] = field(default_factory=list)
     unprefixed_model: ir.Model | None = None
 
 
@@ -224,6 +227,7 @@ def compile_model(
         diagnostics=compilation.diagnostics,
         rewrites=rewrites,
         legalized=compilation.legalized,
+        learning=compilation.learning,
         unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
     )
 
@@ -332,6 +336,7 @@ def write_result(
         "source_error": checks.source_error,
         "prefix": prefix.to_json() if prefix is not None else None,
         "sensitivities": result.bit_plan.sensitivities,
+        "learning": [asdict(point) for point in result.learning],
         "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],
     }

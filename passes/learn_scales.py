@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +16,14 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear, as_linear, is_float, is_layout_copy
-from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
+from qnpu.compiler.pass_base import (
+    Compilation,
+    LearningPoint,
+    Pass,
+    ProgressCallback,
+    Stage,
+    no_progress,
+)
 from qnpu.compiler.process import process_index
 from qnpu.compiler.quant_types import widened
 from qnpu.compiler.roles import is_down_projection
@@ -138,14 +146,20 @@ class LearnScales(Pass):
         table, blocks = work.compilation.encodings, work.blocks
         names = work.activations, work.reals
         for result in block_learning.learn_blocks(blocks, table, work.feeds, *names, options, done):
-            if self.record is not None:
-                self.record.save(result.block, result.learned)
+            if self.record is not None and not result.resumed:
+                self.record.save(result.block, result.to_state())
+            name = f"block {result.block}"
             if result.diverged:
-                fault = LearningDiverged(f"block {result.block}", result.before, result.after)
+                fault = LearningDiverged(name, result.before, result.after)
                 work.compilation.diagnostics.append(fault.at())
             losses = f"loss {result.before:.2e} → {result.after:.2e}"
-            fraction = (result.block + 1) / (len(blocks) - 1)
-            self.progress(f"learn: block {result.block}, {losses}", fraction)
+            work.compilation.learning += [
+                LearningPoint(name, 0, result.before),
+                LearningPoint(name, self._steps, result.after),
+            ]
+            if not result.resumed:
+                fraction = (result.block + 1) / (len(blocks) - 1)
+                self.progress(f"learn: {name}, {losses}", fraction)
 
     def _learn_whole(self, work: _Work) -> None:
         from qnpu.runtime_check import end_to_end_learning as end_to_end  # noqa: PLC0415
@@ -181,8 +195,11 @@ class LearnScales(Pass):
             work.blocks, table, work.feeds, learned, options, self.record, tell
         ):
             last = check
+            if math.isfinite(check.loss):
+                point = LearningPoint("model", check.step, check.loss)
+                work.compilation.learning.append(point)
         if last is not None and last.best_step < last.step:
-            fault = LearningDiverged("the model", last.first, last.best)
+            fault = LearningDiverged("model", last.first, last.best)
             work.compilation.diagnostics.append(fault.at())
         learned.store(table)
         if rotations is not None:

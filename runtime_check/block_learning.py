@@ -26,6 +26,7 @@ _WARMUP = 5
 _CHECKS = 4
 
 BLOCKWISE = "blockwise"
+_NUMBERS = "numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class BlockResult:
         after: loss of what was kept; never more than ``before``.
         learned: what was kept, by value name.
         diverged: a later state was worse than ``after``, or not finite, so that it was dropped.
+        resumed: an earlier run learned it.
     """
 
     block: int
@@ -66,6 +68,19 @@ class BlockResult:
     after: float
     learned: State
     diverged: bool
+    resumed: bool = False
+
+    def to_state(self) -> State:
+        """All of it as arrays, for a record."""
+        numbers = np.array([self.before, self.after, self.diverged], np.float64)
+        return {**self.learned, _NUMBERS: numbers}
+
+    @classmethod
+    def from_state(cls, block: int, state: State) -> BlockResult:
+        """From what ``to_state`` gave."""
+        learned = dict(state)
+        before, after, diverged = learned.pop(_NUMBERS).tolist()
+        return cls(block, before, after, learned, bool(diverged), resumed=True)
 
 
 def learn_blocks(
@@ -96,10 +111,10 @@ def learn_blocks(
         activations: names of values whose encodings learn.
         weights: names of constants whose codes and scales learn.
         options: of the optimizer.
-        done: block → what an earlier run learned of it, or None.
+        done: block → what an earlier run came to, as ``BlockResult.to_state``, or None.
 
     Yields:
-        A result per block learned now; blocks that were done before are not told.
+        A result per block that learns.
     """
     exact = EncodingTable()
     truth, seen = [feed_tensors(run) for run in feeds], [feed_tensors(run) for run in feeds]
@@ -109,12 +124,13 @@ def learn_blocks(
         with torch.no_grad():
             advance(block, blocks[index + 1 :], truth, exact)
         if learned is not None:
-            kept = done(index)
-            if kept is None:
+            state = done(index)
+            if state is not None:
+                result = BlockResult.from_state(index, state)
+            else:
                 result = _learn(index, block, learned, taken, truth, table, options)
-                kept = result.learned
-                yield result
-            learned.load(kept)
+            yield result
+            learned.load(result.learned)
             learned.store(table)
             table.mark_learned(learned.names, BLOCKWISE)
         del taken, learned

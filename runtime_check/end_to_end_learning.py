@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ _WARMUP = 5
 _PATIENCE = 3
 _MOST_HELD = 4  # each costs as much at every check as half a step
 _NOW = 0
-_NUMBERS = "numbers"
+_CHECKS = "checks"
 TOKENS = "input_ids"
 RATES = {
     "adamw": {"latent": 3e-4, "weight_step": 5e-4, "step": 5e-4, "zero_point": 0.02},
@@ -78,7 +78,6 @@ class Check:
         first: the same at the start.
         best: the least so far.
         best_step: when that was.
-        stopped: nothing better is to be expected; learning ends here.
     """
 
     step: int
@@ -86,7 +85,6 @@ class Check:
     first: float
     best: float
     best_step: int
-    stopped: bool
 
 
 def working_type(name: str) -> torch.dtype:
@@ -196,7 +194,7 @@ def learn_end_to_end(
         tell: called after each step with its number and its loss.
 
     Yields:
-        Each check, the one before the first step included.
+        Each check, the one before the first step and those of an earlier run included.
     """
     yield from _Trainer(blocks, table, feeds, learned, options, record, tell).run()
 
@@ -225,53 +223,53 @@ class _Trainer:
             processes.shard(learned.large_modules())
         self._optimizers = _optimizers(learned, options)
         self._step, self._since = 0, 0
-        self._first = self._best = math.inf
-        self._best_step = self._kept_step = 0
+        self._checks: list[Check] = []
         self._kept: State = {}
 
     def run(self) -> Iterator[Check]:
         if not self._load():
-            self._first = self._best = self._held_loss()
-            self._keep()
-            yield self._check(self._first)
+            self._look(self._held_loss())
+        yield from self._checks
         options = self._options
         every = max(1, options.steps // max(options.checks, 1))
         while self._step < options.steps and self._since < _PATIENCE:
             loss = self._learn_step()
             self._step += 1
             self._tell(self._step, loss)
-            if self._step % every == 0 or self._step == options.steps or not math.isfinite(loss):
-                now = self._held_loss() if math.isfinite(loss) else math.inf
-                self._since = 0 if now <= self._best else self._since + 1
-                if not math.isfinite(now):
-                    self._since = _PATIENCE
-                if now <= self._best:
-                    self._best, self._best_step = now, self._step
-                self._keep()
-                yield self._check(now)
+            if not math.isfinite(loss):
+                yield self._look(math.inf)
+            elif self._step % every == 0 or self._step == options.steps:
+                yield self._look(self._held_loss())
         self._learned.load(self._kept)
 
-    def _check(self, loss: float) -> Check:
-        stopped = self._since >= _PATIENCE and self._step < self._options.steps
-        return Check(self._step, loss, self._first, self._best, self._best_step, stopped)
+    def _look(self, loss: float) -> Check:
+        """Takes note of how far learning is, and keeps the state where it is the best so far."""
+        past = self._checks[-1] if self._checks else Check(0, loss, loss, math.inf, 0)
+        better = loss <= past.best
+        self._since = 0 if better else self._since + 1
+        if not math.isfinite(loss):
+            self._since = _PATIENCE
+        best, best_step = (loss, self._step) if better else (past.best, past.best_step)
+        self._checks.append(Check(self._step, loss, past.first, best, best_step))
+        self._keep(past.best_step)
+        return self._checks[-1]
 
-    def _keep(self) -> None:
+    def _keep(self, before: int) -> None:
         """Remembers the best state; writes it, then the state now, then drops the best before it.
 
         In this order, because a record is read after a kill at any moment.
         """
-        before = self._kept_step
-        state = self._learned.state()
-        if self._best_step == self._step:
-            self._kept, self._kept_step = state, self._step
+        state, best_step = self._learned.state(), self._checks[-1].best_step
+        if best_step == self._step:
+            self._kept = state
         moments = _moments(self._optimizers)
         if self._record is None or self._step == 0 or process_index():
             return
-        if self._kept_step > before:
-            self._record.save(self._kept_step, self._kept)
-        numbers = [self._step, self._since, self._first, self._best, self._kept_step]
-        self._record.save(_NOW, {_NUMBERS: np.array(numbers, np.float64), **state, **moments})
-        if self._kept_step > before > 0:
+        if best_step > before:
+            self._record.save(best_step, self._kept)
+        checks = np.array([astuple(check) for check in self._checks], np.float64)
+        self._record.save(_NOW, {_CHECKS: checks, **state, **moments})
+        if best_step > before > 0:
             self._record.drop(before)
 
     def _load(self) -> bool:
@@ -279,13 +277,16 @@ class _Trainer:
         now = self._record.load(_NOW) if self._record is not None else None
         if self._record is None or now is None:
             return False
-        step, since, first, best, kept_step = now.pop(_NUMBERS).tolist()
-        kept = self._record.load(int(kept_step)) if kept_step else self._learned.state()
+        rows = now.pop(_CHECKS).tolist()
+        checks = [Check(int(r[0]), r[1], r[2], r[3], int(r[4])) for r in rows]
+        best_step = checks[-1].best_step
+        kept = self._record.load(best_step) if best_step else self._learned.state()
         if kept is None:
             return False
-        self._step, self._since, self._first, self._best = int(step), int(since), first, best
-        self._kept, self._kept_step = kept, int(kept_step)
-        self._best_step = self._kept_step
+        self._checks, self._kept, self._step = checks, kept, checks[-1].step
+        self._since = sum(check.step > best_step for check in checks)
+        if not math.isfinite(checks[-1].loss):
+            self._since = _PATIENCE
         self._learned.load(now)
         _set_moments(self._optimizers, now)
         return True

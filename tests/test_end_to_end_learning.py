@@ -147,6 +147,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, killed_at: int)
     pass_ = partial(LearnScales, REPEATED, "end-to-end", steps=24)
     whole = rounded()
     pass_().run(whole)
+    assert [point.step for point in whole.learning] == [0, 3, 6, 9, 12, 15, 18, 21, 24]
 
     def kill(step: str, fraction: float) -> None:
         if f"step {killed_at}," in step:
@@ -159,6 +160,8 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, killed_at: int)
     record = LearningRecord(tmp_path / "work", resume=True)
     pass_(record=record, progress=lambda step, fraction: said.append(step)).run(again)
     assert numbers(again) == numbers(whole)
+    assert again.learning == whole.learning
+    assert again.diagnostics == whole.diagnostics
     first = 3 * ((killed_at - 1) // 3) + 1
     assert said[0].startswith(f"learn: step {first},")
 

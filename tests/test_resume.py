@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.commands import call, finish, start
 LEARN = ("qnpu-compile", "tiny", "--scheme", "w4a8", "--learn", "blockwise", "--quiet")
 SIZES = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "8", "--learn-steps", "200")
 PATIENCE_S = 120.0
+REPORTED = ("learning", "diagnostics", "perplexity", "tensors")
 
 
 def digest(path: Path) -> str:
@@ -60,6 +62,9 @@ def test_killed_between_two_blocks_it_goes_on_to_the_same_file(whole: Path, tmp_
     for name in ("model.qdq.onnx", "encodings.json"):
         assert digest(tmp_path / "out" / name) == digest(whole / name)
     assert not first.exists()
+    one, two = (json.loads((f / "report.json").read_text()) for f in (whole, tmp_path / "out"))
+    assert one["learning"]
+    assert [two[key] for key in REPORTED] == [one[key] for key in REPORTED]
 
 
 def test_resume_without_a_record_starts_anew(whole: Path, tmp_path: Path) -> None:
