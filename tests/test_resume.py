@@ -12,8 +12,8 @@ import pytest
 
 from tests.commands import call, finish, start
 
-LEARN = ("--scheme", "w4a8", "--learn", "blockwise", "--quiet")
 SIZES = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "8", "--learn-steps", "200")
+LEARN = ("--scheme", "w4a8", "--learn", "blockwise", "--quiet", *SIZES, "--out", "out")
 PATIENCE_S = 120.0
 REPORTED = ("learning", "diagnostics", "perplexity", "tensors")
 
@@ -33,10 +33,7 @@ def wait_for(path: Path) -> None:
 def whole(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which nothing was killed."""
     folder = tmp_path_factory.mktemp("whole")
-    assert (
-        call("qnpu-compile", tiny_file, *LEARN, *SIZES, "--out", "out", folder=folder).exit_code
-        == 0
-    )
+    assert call("qnpu-compile", tiny_file, *LEARN, folder=folder).exit_code == 0
     return folder / "out"
 
 
@@ -52,7 +49,7 @@ def test_what_was_learned_so_far_is_gone_once_it_is_written(whole: Path) -> None
 def test_killed_between_two_blocks_it_goes_on_to_the_same_file(
     whole: Path, tiny_file: Path, tmp_path: Path
 ) -> None:
-    process = start("qnpu-compile", tiny_file, *LEARN, *SIZES, "--out", "out", folder=tmp_path)
+    process = start("qnpu-compile", tiny_file, *LEARN, folder=tmp_path)
     first = tmp_path / "out" / ".qnpu-learning" / "part-0001.npz"
     wait_for(first)
     process.send_signal(signal.SIGKILL)
@@ -60,9 +57,7 @@ def test_killed_between_two_blocks_it_goes_on_to_the_same_file(
     assert not (tmp_path / "out" / "model.qdq.onnx").exists()
     assert first.exists()
     before = first.stat().st_mtime_ns
-    process = start(
-        "qnpu-compile", tiny_file, *LEARN, *SIZES, "--out", "out", "--resume", folder=tmp_path
-    )
+    process = start("qnpu-compile", tiny_file, *LEARN, "--resume", folder=tmp_path)
     wait_for(first.with_name("part-0002.npz"))
     assert first.stat().st_mtime_ns == before  # it was read, not learned again
     assert finish(process).exit_code == 0
@@ -75,9 +70,7 @@ def test_killed_between_two_blocks_it_goes_on_to_the_same_file(
 
 
 def test_resume_without_a_record_starts_anew(whole: Path, tiny_file: Path, tmp_path: Path) -> None:
-    done = call(
-        "qnpu-compile", tiny_file, *LEARN, *SIZES, "--out", "out", "--resume", folder=tmp_path
-    )
+    done = call("qnpu-compile", tiny_file, *LEARN, "--resume", folder=tmp_path)
     assert done.exit_code == 0
     assert digest(tmp_path / "out" / "model.qdq.onnx") == digest(whole / "model.qdq.onnx")
 
