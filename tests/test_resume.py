@@ -76,7 +76,7 @@ def test_resume_without_a_record_starts_anew(whole: Path, tiny_file: Path, tmp_p
 
 
 def test_killed_end_to_end_it_goes_on_to_the_same_file(tiny_file: Path, tmp_path: Path) -> None:
-    options = ("--scheme", "w4a8", "--learn", "end-to-end", "--quiet", *SIZES, "--out")
+    options = (*LEARN, "--learn", "end-to-end", "--learn-steps", "64", "--out")
     command = ("qnpu-compile", tiny_file, *options)
     assert call(*command, "whole", folder=tmp_path).exit_code == 0
     process = start(*command, "out", folder=tmp_path)
