@@ -160,6 +160,7 @@ class LearnScales(Pass):
             if not result.resumed:
                 fraction = (result.block + 1) / (len(blocks) - 1)
                 self.progress(f"learn: {name}, {losses}", fraction)
+        table.mark_learned([*work.activations, *work.reals], BLOCKWISE)
 
     def _learn_whole(self, work: _Work) -> None:
         from qnpu.runtime_check import end_to_end_learning as end_to_end  # noqa: PLC0415

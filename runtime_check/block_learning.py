@@ -13,6 +13,7 @@ from torch import Tensor
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.runtime_check.learned_tensors import LearnedCodes
+from qnpu.runtime_check.learning_rate import rate_at
 from qnpu.runtime_check.learning_record import State
 from qnpu.runtime_check.quantized_run import advance, quantized_constants
 from qnpu.runtime_check.segments import Segment
@@ -22,10 +23,8 @@ from qnpu.runtime_check.weight_rounding import token_energy, token_shares
 
 # A token of more than this many times the median energy counts as if it had that much.
 _MOST_ENERGY = 4.0
-_WARMUP = 5
 _CHECKS = 4
 
-BLOCKWISE = "blockwise"
 _NUMBERS = "numbers"
 
 
@@ -132,7 +131,6 @@ def learn_blocks(
             yield result
             learned.load(result.learned)
             learned.store(table)
-            table.mark_learned(learned.names, BLOCKWISE)
         del taken, learned
         with torch.no_grad():
             advance(block, blocks[index + 1 :], seen, table)
@@ -178,7 +176,7 @@ def _learn(
         betas=(0.9, 0.95),
         weight_decay=0.0,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, options.steps))
     first = least = loss.mean(checked)
     kept, diverged = learned.state(), False
     for step in range(1, options.steps + 1):
@@ -238,11 +236,6 @@ class _BlockLoss:
     def _weight(self, name: str) -> Tensor | None:
         fixed = self._fixed.get(name)
         return self._learned.weight(name) if fixed is None else fixed
-
-
-def _rate(step: int, steps: int) -> float:
-    """Part of the learning rate: a short warm-up, then half a cosine."""
-    return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / max(steps, 1)))
 
 
 class _Order:

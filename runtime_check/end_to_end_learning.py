@@ -17,13 +17,13 @@ from qnpu.compiler.process import process_count, process_index
 from qnpu.runtime_check import processes
 from qnpu.runtime_check.cayley_sgd import CayleySGD
 from qnpu.runtime_check.learned_tensors import LearnedTensors
+from qnpu.runtime_check.learning_rate import rate_at
 from qnpu.runtime_check.learning_record import LearningRecord, State
 from qnpu.runtime_check.quantized_run import quantized_constants
 from qnpu.runtime_check.segments import Segment
 from qnpu.runtime_check.session import Feeds, cpu_flags
 from qnpu.runtime_check.torch_executor import CheckpointedExecutor, TorchExecutor, feed_tensors
 
-_WARMUP = 5
 _PATIENCE = 3
 _MOST_HELD = 4  # each costs as much at every check as half a step
 _NOW = 0
@@ -36,7 +36,6 @@ RATES = {
 """Optimizer → kind of parameter → learning rate; of SGD the paper's."""
 MARGIN = 0.05
 """Of codes, LSB; see ``LearnedRounding``. With 0.01 the noise of single runs flips many at once."""
-END_TO_END = "end-to-end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +305,7 @@ class _Trainer:
         processes.average_gradients(learned.all_parameters())
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["full_rate"] * _rate(self._step, options.steps)
+                group["lr"] = group["full_rate"] * rate_at(self._step, options.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         learned.clamp()
@@ -371,11 +370,6 @@ def _set_moments(optimizers: Sequence[torch.optim.Optimizer], state: State) -> N
                 tensor = torch.zeros(()) if alone else torch.zeros_like(parameter)
                 processes.fill(tensor, state[key])
                 optimizer.state[parameter][name] = tensor
-
-
-def _rate(step: int, steps: int) -> float:
-    """Part of the learning rate: a short warm-up, then half a cosine."""
-    return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / max(steps, 1)))
 
 
 def _runs_of(step: int, options: EndToEndOptions, count: int) -> list[int]:
