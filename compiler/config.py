@@ -36,8 +36,8 @@ class CompileConfig:
         range_method: how activation ranges are taken from data.
         weights: how 4-bit weights are rounded: ``gptq`` (so that outputs stay right) or
             ``nearest``.
-        learn: ``none``, or ``blockwise``: learn scales, zero points and 4-bit codes one decoder
-            layer at a time.
+        learn: ``none``, or learn scales, zero points and 4-bit codes: ``blockwise``, one decoder
+            layer at a time, or ``end-to-end``.
         learn_windows: windows of text, from the same place, to round weights and to learn on.
         learn_steps: of the optimizer, per block or end to end in all; None: the driver's.
         learn_batch: windows per step.

@@ -206,6 +206,20 @@ def as_feature_norm(node: ir.Node) -> ir.Value | None:
     return source if node.attributes.get_int("axis", -1) in last else None
 
 
+def gains_on(stream: ResidualStream) -> list[Blocker]:
+    """Norms that a rotation of the stream would not pass: not RMS, or with a gain of their own."""
+    found: list[Blocker] = []
+    for sink in stream.sinks:
+        if sink.norm is None:
+            continue
+        gain = constant_array(sink.norm.inputs[1])
+        if sink.norm.op_type != "RMSNormalization":
+            found.append(Blocker("a LayerNorm subtracts the mean", name_of(sink.norm)))
+        elif gain is None or not bool((gain == 1).all()):
+            found.append(Blocker("a norm has a gain that was not folded", name_of(sink.norm)))
+    return found
+
+
 def is_tied(linear: Linear) -> bool:
     """The weight is also the table of one embedding, and that is all."""
     users = [node for node, _ in linear.weight.uses()]

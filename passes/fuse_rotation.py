@@ -22,6 +22,7 @@ from qnpu.compiler.topology import (
     ResidualStream,
     ValuePath,
     discover,
+    gains_on,
     input_axis,
     own_biases,
     untie,
@@ -97,7 +98,7 @@ class FuseRotation(Pass):
     def _rotate_stream(
         self, compilation: Compilation, stream: ResidualStream, done: list[str]
     ) -> int:
-        blockers = [*stream.blockers, *_gains(stream)]
+        blockers = [*stream.blockers, *gains_on(stream)]
         if blockers:
             compilation.diagnostics += [
                 StreamNotRotated(b.reason).at(node=b.where) for b in blockers
@@ -170,19 +171,6 @@ class FuseRotation(Pass):
         if paths:
             done.append(f"r2={self.seed}")
         return len(paths)
-
-
-def _gains(stream: ResidualStream) -> list[Blocker]:
-    found: list[Blocker] = []
-    for sink in stream.sinks:
-        if sink.norm is None:
-            continue
-        gain = constant_array(sink.norm.inputs[1])
-        if sink.norm.op_type != "RMSNormalization":
-            found.append(Blocker("a LayerNorm subtracts the mean", name_of(sink.norm)))
-        elif gain is None or not bool((gain == 1).all()):
-            found.append(Blocker("a norm has a gain that was not folded", name_of(sink.norm)))
-    return found
 
 
 def _rotate_path(path: ValuePath, rotation: Matrix) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.bit_plan import CHOSEN_BITS
+from qnpu.compiler.bit_plan import CHOSEN_BITS, LEARNED_BITS
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 BLOCKWISE, END_TO_END = "blockwise", "end-to-end"
 STEPS = {BLOCKWISE: 60, END_TO_END: 160}
 """Of the optimizer, per block or in all, where nothing else is asked for."""
-
-_NARROW = 8
 
 
 @dataclass(frozen=True)
@@ -215,11 +213,11 @@ class LearnScales(Pass):
         layers = [node for block in blocks[:-1] for node in block.nodes]
         activations: dict[str, None] = {}
         weights: dict[str, None] = {}
-        most = CHOSEN_BITS if self.weights == "codes" else _NARROW
+        most = CHOSEN_BITS if self.weights == "codes" else LEARNED_BITS
         for node in layers:
             linear = as_linear(node)
             for name in self._activations_at(node, linear):
-                if self._is_open(name, table, _NARROW):
+                if self._is_open(name, table, LEARNED_BITS):
                     activations[name] = None
             weight = name_of(linear.weight) if linear is not None else ""
             if self._is_open(weight, table, most) and (

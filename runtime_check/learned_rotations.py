@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qnpu.compiler.graph_edit import constant_array, last_dimension, name_of
 from qnpu.compiler.rotate import rotate_axis
-from qnpu.compiler.topology import ResidualStream, ValuePath, discover, input_axis
+from qnpu.compiler.topology import ResidualStream, ValuePath, discover, gains_on, input_axis
 
 _STREAM = "r1"
 
@@ -100,7 +100,7 @@ class LearnedRotations(torch.nn.Module):
         linears = [linear for sink in stream.sinks for linear in sink.linears]
         sources = {source.weight for source in stream.sources}
         tied = any(linear.weight in sources for linear in linears)
-        free = not stream.blockers and not tied and all(_has_no_gain(s.norm) for s in stream.sinks)
+        free = not stream.blockers and not tied and not gains_on(stream)
         if not (free and sources):
             return
         self._add_matrix(_STREAM, stream.width)
@@ -148,10 +148,3 @@ def _nearest_rotation(matrix: Tensor) -> NDArray[np.float64]:
     left, _, right = np.linalg.svd(matrix.detach().numpy().astype(np.float64))
     nearest: NDArray[np.float64] = left @ right
     return nearest
-
-
-def _has_no_gain(norm: ir.Node | None) -> bool:
-    if norm is None:
-        return True
-    gain = constant_array(norm.inputs[1])
-    return norm.op_type == "RMSNormalization" and gain is not None and bool((gain == 1).all())

@@ -11,14 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qnpu.compiler.bit_plan import LEARNED_BITS
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.runtime_check.fake_quantize import LearnedRounding, Quantizer, fake_quantized
 from qnpu.runtime_check.learned_rotations import LearnedRotations
 from qnpu.runtime_check.learning_record import State
 from qnpu.runtime_check.processes import fill, whole
-
-# At 16 bits the error is far below what is learned, and half the time would go there.
-_NARROW = 8
 
 Reals = Mapping[str, NDArray[Any]]
 """Name of a constant that learns → its real values."""
@@ -58,10 +56,14 @@ class LearnedTensors(abc.ABC):
     def modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """All that has parameters, by names of its own."""
 
-    @abc.abstractmethod
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """Parameters by kind: ``latent``, ``zero_point`` (LSB), ``weight_step``, ``step`` (of a
         scale: its logarithm, or itself), ``rotation``."""
+        activations = self.activations.values()
+        return {
+            "step": [item.step for item in activations],
+            "zero_point": [a.zero_point for a in activations if a.zero_point.requires_grad],
+        }
 
     @property
     @abc.abstractmethod
@@ -77,7 +79,7 @@ class LearnedTensors(abc.ABC):
         if name in self.activations:
             result: Tensor = self.activations[name](value)
             return result
-        if name in self._table and self._table[name].spec.bits <= _NARROW:
+        if name in self._table and self._table[name].spec.bits <= LEARNED_BITS:
             return fake_quantized(value, self._table[name])
         return value
 
@@ -156,12 +158,11 @@ class LearnedCodes(LearnedTensors):
         yield from self._rounded.values()
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        weights, activations = self._rounded.values(), self.activations.values()
+        weights = self._rounded.values()
         return {
             "latent": [item.latent for item in weights],
             "weight_step": [item.step for item in weights],
-            "step": [item.step for item in activations],
-            "zero_point": [a.zero_point for a in activations if a.zero_point.requires_grad],
+            **super().parameters(),
         }
 
     def clamp(self) -> None:
@@ -219,11 +220,9 @@ class LearnedScales(LearnedTensors):
         yield "rotations", self.rotations
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        activations = self.activations.values()
         return {
             "weight_step": [item.step for item in self._quantizers.values()],
-            "step": [item.step for item in activations],
-            "zero_point": [a.zero_point for a in activations if a.zero_point.requires_grad],
+            **super().parameters(),
             "rotation": list(self.rotations.parameters()),
         }
 

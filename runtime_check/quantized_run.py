@@ -43,8 +43,10 @@ class QuantizedRunner:
             own = {name_of(v) for node in segment.nodes for v in node.outputs} & wanted
             if own:
                 yield from self._look(segment, own)
-            with torch.no_grad():
-                advance(segment, self.segments[index + 1 :], self._crossing, self._table)
+            later = self.segments[index + 1 :]
+            if later:
+                with torch.no_grad():
+                    advance(segment, later, self._crossing, self._table)
 
     def _look(self, segment: Segment, wanted: set[str]) -> Iterator[SegmentRun]:
         executor, table = TorchExecutor(segment.nodes), self._table

@@ -17,6 +17,10 @@ from tests.decoders import LENGTH, canonical, some_tokens
 WINDOWS = TokenWindows(np.random.default_rng(7).integers(0, 257, (8, LENGTH)))
 
 
+class KilledError(Exception):
+    """What a progress callback raises to stand for a kill."""
+
+
 def rounded(scheme: str = "w4a8") -> Compilation:
     """A tiny decoder with encodings and chosen codes."""
     compilation = Compilation(canonical("llama"))

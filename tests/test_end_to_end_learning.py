@@ -32,14 +32,10 @@ from qnpu.runtime_check.learning_record import LearningRecord
 from qnpu.runtime_check.perplexity import next_token_loss
 from tests.conftest import normal, run_model
 from tests.decoders import LENGTH, some_tokens
-from tests.learning import WINDOWS, numbers, rounded
+from tests.learning import WINDOWS, KilledError, numbers, rounded
 
 STEPS = 40
 REPEATED = TokenWindows(np.tile(np.random.default_rng(7).integers(0, 257, (2, LENGTH)), (4, 1)))
-
-
-class KilledError(Exception):
-    """What a progress callback raises to stand for a kill."""
 
 
 def learn(compilation: Compilation, weights: str = "codes", steps: int = STEPS) -> int:

@@ -19,11 +19,7 @@ from qnpu.passes.learn_scales import LearnScales
 from qnpu.runtime_check import block_learning
 from qnpu.runtime_check.block_learning import LearningOptions
 from qnpu.runtime_check.learning_record import LearningRecord
-from tests.learning import WINDOWS, logits_error, numbers, rounded
-
-
-class KilledError(Exception):
-    """What a progress callback raises to stand for a kill."""
+from tests.learning import WINDOWS, KilledError, logits_error, numbers, rounded
 
 
 def learn(
