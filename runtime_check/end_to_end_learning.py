@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import log_softmax
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.process import process_count, process_index
 from qnpu.runtime_check import processes
 from qnpu.runtime_check.cayley_sgd import CayleySGD
+from qnpu.runtime_check.freed_memory import keep_freed_memory
 from qnpu.runtime_check.learned_tensors import LearnedTensors
 from qnpu.runtime_check.learning_rate import rate_at
 from qnpu.runtime_check.learning_record import LearningRecord, State
@@ -26,6 +28,7 @@ from qnpu.runtime_check.torch_executor import CheckpointedExecutor, TorchExecuto
 
 _PATIENCE = 3
 _MOST_HELD = 4  # each costs as much at every check as half a step
+_ROWS = 16  # of logits at a time: they stay in the cache
 _NOW = 0
 _CHECKS = "checks"
 TOKENS = "input_ids"
@@ -128,7 +131,8 @@ class Student:
         self._executor = CheckpointedExecutor([block.nodes for block in blocks], dtype=dtype)
         self._fixed: dict[str, Tensor] = {}
         for block in blocks:
-            self._fixed |= quantized_constants(block, table, but=learned.weights)
+            fixed = quantized_constants(block, table, but=learned.weights)
+            self._fixed |= {n: t.to(dtype) if t.dim() > 1 else t for n, t in fixed.items()}
         self._learned = learned
         self._logits = logits
 
@@ -147,6 +151,50 @@ class Student:
         return self._learned.weight(name) if fixed is None else fixed
 
 
+class _PredictionLoss(torch.autograd.Function):
+    """See ``prediction_loss``; a few rows at a time, and their gradient at once.
+
+    Logits are the largest tensors of a step: as whole tensors their exponentials and differences
+    would cost more than the layers do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, tokens: Tensor | None, distillation: float
+    ) -> Tensor:
+        """``student``, ``teacher``: (n, vocabulary); ``tokens``: (n,)."""
+        count = len(student)
+        of_kl = distillation / count if tokens is not None else 1.0 / count
+        of_entropy = (1.0 - distillation) / max(count - 1, 1) if tokens is not None else 0.0
+        ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, count, _ROWS):
+            rows = slice(start, start + _ROWS)
+            found = log_softmax(student[rows].float(), dim=-1)
+            truth = log_softmax(teacher[rows].float(), dim=-1)
+            likely = truth.exp()
+            total += of_kl * torch.dot(truth.sub_(found).view(-1), likely.view(-1))
+            right = tokens[start + 1 : start + _ROWS + 1] if tokens is not None else None
+            if right is not None:
+                total -= of_entropy * found[torch.arange(len(right)), right].sum()
+            if ctx.gradient is None:
+                continue
+            slope = found.exp_()
+            if right is None:
+                ctx.gradient[rows] = slope.sub_(likely).mul_(of_kl)
+                continue
+            part = torch.full((len(slope), 1), of_kl + of_entropy)
+            part[len(right) :] = of_kl  # nothing follows the last token
+            slope.mul_(part).sub_(likely, alpha=of_kl)
+            slope[torch.arange(len(right)), right] -= of_entropy
+            ctx.gradient[rows] = slope
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * grad, None, None, None
+
+
 def prediction_loss(
     student: Tensor, teacher: Tensor, tokens: Tensor | None, distillation: float
 ) -> Tensor:
@@ -158,15 +206,13 @@ def prediction_loss(
         distillation: d.
     """
     vocabulary = student.shape[-1]
-    found = log_softmax(student.reshape(-1, vocabulary).float(), dim=-1)
-    loss = found.new_zeros(())
-    if distillation or tokens is None:
-        truth = log_softmax(teacher.reshape(-1, vocabulary).float(), dim=-1)
-        loss = kl_div(found, truth, reduction="sum", log_target=True) / len(found)
-    if tokens is None:
-        return loss
-    entropy = nll_loss(found[:-1], tokens.reshape(-1)[1:])
-    return distillation * loss + (1.0 - distillation) * entropy
+    loss: Tensor = _PredictionLoss.apply(  # type: ignore[no-untyped-call]
+        student.reshape(-1, vocabulary),
+        teacher.reshape(-1, vocabulary),
+        None if tokens is None else tokens.reshape(-1),
+        distillation,
+    )
+    return loss
 
 
 def learn_end_to_end(
@@ -209,6 +255,7 @@ class _Trainer:
         record: LearningRecord | None,
         tell: Callable[[int, float], None],
     ) -> None:
+        keep_freed_memory()
         self._options, self._learned, self._feeds = options, learned, feeds
         self._record, self._tell = record, tell
         self._teacher = Teacher(blocks, feeds, options.logits)

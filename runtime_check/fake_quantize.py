@@ -28,6 +28,8 @@ class FakeQuantize(torch.autograd.Function):
 
     With ``local`` the gradients of scale and zero point are those of local · mean (x̂ - x)² besides,
     x held fixed: the local loss of quantnpu.md §3, without a term of its own to carry about.
+
+    Computed in float32, whatever the type of x: a narrower one cannot tell the codes apart.
     """
 
     @staticmethod
@@ -41,29 +43,41 @@ class FakeQuantize(torch.autograd.Function):
         local: float = 0.0,
     ) -> Tensor:
         """``scale`` and ``zero_point`` broadcast to ``x``; ``zero_point`` holds whole numbers."""
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.range = (q_min, q_max)
-        ctx.local = local
-        codes = torch.div(x, scale).round_()
-        return codes.clamp_(q_min - zero_point, q_max - zero_point).mul_(scale)
+        nearest = torch.div(x.float(), scale).round_()
+        low, high = q_min - zero_point, q_max - zero_point
+        if any(ctx.needs_input_grad[1:3]):
+            ctx.save_for_backward(x, scale, zero_point)
+            ctx.range = (q_min, q_max)
+            ctx.local = local
+            codes = nearest.clamp_(low, high)
+        elif ctx.needs_input_grad[0]:
+            codes = nearest.clamp(low, high)
+            ctx.save_for_backward(codes == nearest)
+        else:
+            codes = nearest.clamp_(low, high)
+        return codes.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not any(ctx.needs_input_grad[1:3]):
+            return grad * ctx.saved_tensors[0], None, None, None, None, None
         x, scale, zero_point = ctx.saved_tensors
+        x = x.float()
         q_min, q_max = ctx.range
         ratio = x / scale
         nearest = ratio.round()
         clipped = nearest.clamp(q_min - zero_point, q_max - zero_point)
         inside = clipped == nearest
         for_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad = grad.float()
         for_scale = for_zero = None
         if ctx.local:
             grad = (clipped * scale).sub_(x).mul_(2.0 * ctx.local / x.numel()).add_(grad)
         if ctx.needs_input_grad[1]:
-            slope = clipped.sub_(ratio * inside)
-            for_scale = _sum_to(grad * slope, scale)
+            slope = clipped.sub_(ratio.mul_(inside))
+            for_scale = _sum_to(slope.mul_(grad), scale)
         if ctx.needs_input_grad[2]:
-            for_zero = _sum_to(grad * ~inside, zero_point) * -scale
+            for_zero = _sum_to(grad.mul(~inside), zero_point) * -scale
         return for_x, for_scale, for_zero, None, None, None
 
 
@@ -77,14 +91,7 @@ def fake_quantized(x: Tensor, encoding: Encoding) -> Tensor:
     zero = torch.from_numpy(encoding.zero_point.astype(np.float32))
     scale, zero = (_broadcast_to(x, part, encoding.spec) for part in (scale, zero))
     low, high = encoding.spec.q_min, encoding.spec.q_max
-    return _quantized(x, scale, zero, low, high)
-
-
-def _quantized(
-    x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, local: float = 0.0
-) -> Tensor:
-    """``FakeQuantize``, computed in float32: a narrower type cannot tell the codes apart."""
-    return _applied(FakeQuantize, x.float(), scale, zero, low, high, local).to(x.dtype)
+    return _applied(FakeQuantize, x, scale, zero, low, high)
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
@@ -171,7 +178,7 @@ class Quantizer(torch.nn.Module):
             scale = _applied(_ScaleGradient, scale, factor)
             zero = _applied(_ScaleGradient, zero, factor)
         scale, zero = (_broadcast_to(x, part, self.spec) for part in (scale, zero))
-        return _quantized(x, scale, zero, low, high, self.local)
+        return _applied(FakeQuantize, x, scale, zero, low, high, self.local)
 
     def encoding(self) -> Encoding:
         """The encoding as it stands."""

@@ -294,8 +294,9 @@ class CheckpointedExecutor:
     """Runs nodes block by block; a backward pass computes each block's values anew.
 
     Peak memory of a forward and backward pass is what crosses between blocks plus one block's
-    values. ``weights`` and ``transform`` run again in the backward pass, and must give the same
-    again: they may not count, collect or draw unseeded random numbers (torch's own are restored).
+    values. The last block's are kept: they are the first that the way back needs. ``weights`` and
+    ``transform`` run again in the backward pass, and must give the same again: they may not count,
+    collect or draw unseeded random numbers (torch's own are restored).
 
     Args:
         blocks: runs of nodes that follow each other, all together in topological order.
@@ -343,7 +344,9 @@ class CheckpointedExecutor:
             if not out:
                 continue
             taken = sorted(self._used[index] & set(values))
-            made = _run_block(executor, taken, [values[n] for n in taken], out, weights, transform)
+            again = torch.is_grad_enabled() and index < len(self._executors) - 1
+            tensors = [values[name] for name in taken]
+            made = _run_block(executor, taken, tensors, out, weights, transform, again=again)
             values |= zip(out, made, strict=True)
             values = {name: t for name, t in values.items() if name in later}
         missing = sorted(set(wanted) - set(values))
@@ -359,13 +362,15 @@ def _run_block(
     wanted: list[str],
     weights: Weights,
     transform: Transform | None,
+    *,
+    again: bool,
 ) -> tuple[Tensor, ...]:
     def compute(*taken: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(names, taken, strict=True))
         made = executor.run(inputs, wanted, weights=weights, transform=transform)
         return tuple(made[name] for name in wanted)
 
-    if not torch.is_grad_enabled():
+    if not again:
         return compute(*tensors)
     result: tuple[Tensor, ...] = checkpoint(compute, *tensors, use_reentrant=False)
     return result

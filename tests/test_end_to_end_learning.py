@@ -55,6 +55,21 @@ def test_the_loss_is_its_formula() -> None:
     assert float(prediction_loss(teacher, teacher, None, 1.0)) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 16, 37])
+@pytest.mark.parametrize("share", [None, 0.0, 0.9])
+def test_the_slope_of_the_loss_is_autograds(count: int, share: float | None) -> None:
+    student, teacher = (torch.from_numpy(normal(1, count, 9, seed=seed)) for seed in (1, 2))
+    student.requires_grad_()
+    tokens = torch.arange(count)[None] % 9
+    found, truth = (torch.log_softmax(x[0], -1) for x in (student, teacher))
+    kl = torch.nn.functional.kl_div(found, truth, reduction="sum", log_target=True) / count
+    entropy = torch.nn.functional.nll_loss(found[:-1], tokens[0, 1:], reduction="sum")
+    whole = kl if share is None else share * kl + (1 - share) * entropy / max(count - 1, 1)
+    mine = prediction_loss(student, teacher, None if share is None else tokens, share or 0.0)
+    slopes = [torch.autograd.grad(loss, student)[0].numpy() for loss in (whole, mine)]
+    np.testing.assert_allclose(slopes[1], slopes[0], rtol=1e-4, atol=1e-7)
+
+
 def test_gradients_of_weights_scales_are_finite_differences() -> None:
     """ŵ = s · code is smooth in s; so is the loss, where nothing else is quantized."""
     compilation = rounded("w4a16")
