@@ -12,7 +12,7 @@ import resource, sys, torch
 from qnpu.runtime_check.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for _ in range(10):
+for _ in range(40):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
@@ -27,4 +27,4 @@ def test_large_tensors_take_no_fresh_pages() -> None:
         )
         faults[choice] = int(done.stdout)
     pages = 2**24 * 4 // 4096
-    assert faults["leave"] - faults["keep"] > 6 * pages
+    assert faults["leave"] - faults["keep"] > 20 * pages
