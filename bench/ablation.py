@@ -36,7 +36,8 @@ def main(
     calib: Annotated[str, typer.Option(help="Text to calibrate and learn on.")],
     text: Annotated[str, typer.Option(help="Text of the same kind to evaluate on.")],
     other: Annotated[str, typer.Option(help="Text of another kind.")],
-    windows: Annotated[int, typer.Option(help="Of 512 tokens, of each text.")] = 8,
+    windows: Annotated[int, typer.Option(help="Of 512 tokens, of the first text.")] = 8,
+    other_windows: Annotated[int, typer.Option(help="Of the other text.")] = 8,
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "none",
     steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 64,
     weights: Annotated[str, typer.Option(help="nearest, as in the paper, or gptq.")] = "nearest",
@@ -44,7 +45,7 @@ def main(
 ) -> None:
     """Climb the ladder, print each step."""
     console = Console(soft_wrap=True)
-    bench = Bench(Texts(model, calib, text, other, windows, bos), folder)
+    bench = Bench(Texts(model, calib, text, other, windows, other_windows, bos), folder)
     table = Table(title=f"W4A8, {steps} steps, weights {weights}", title_justify="left")
     for heading in ("", "÷ float", "other ÷ float", "min", "GiB"):
         table.add_column(heading, justify="right" if heading else "left")

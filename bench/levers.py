@@ -26,7 +26,8 @@ def main(
     calib: Annotated[str, typer.Option(help="Text to calibrate and learn on.")],
     text: Annotated[str, typer.Option(help="Text of the same kind to evaluate on.")],
     other: Annotated[str, typer.Option(help="Text of another kind.")],
-    windows: Annotated[int, typer.Option(help="Of 512 tokens, of each text.")] = 40,
+    windows: Annotated[int, typer.Option(help="Of 512 tokens, of the first text.")] = 40,
+    other_windows: Annotated[int, typer.Option(help="Of the other text.")] = 8,
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "none",
     rows: Annotated[Path, typer.Option(help="TOML file of rows.")] = _HERE / "levers.toml",
     folder: Annotated[Path, typer.Option(help="For results.")] = Path("levers-out"),
@@ -36,7 +37,7 @@ def main(
 ) -> None:
     """Measure what is missing, then write the table of all that is there."""
     console = Console(soft_wrap=True)
-    bench = Bench(Texts(model, calib, text, other, windows, bos), folder)
+    bench = Bench(Texts(model, calib, text, other, windows, other_windows, bos), folder)
     found: list[tuple[str, int, Measured]] = []
     for row in tomllib.loads(rows.read_text("utf-8"))["rows"]:
         for seed in map(int, seeds.split(",")):
@@ -50,9 +51,9 @@ def main(
         "",
         f"Written by `python -m bench.levers`. Model {Path(model).name}; calibrated and learned on "
         f"{Path(calib).name}; perplexity relative to the float model's on the first {windows} "
-        f"windows of 512 tokens of {Path(text).name} (÷ float) and of {Path(other).name} (other ÷ "
-        f"float); BOS {bos}. The float model has no prefix in any row. Time is that of the compile "
-        "on the machine at hand, with whatever else it did.",
+        f"windows of 512 tokens of {Path(text).name} (÷ float) and the first {other_windows} of "
+        f"{Path(other).name} (other ÷ float); BOS {bos}. The float model has no prefix in any row. "
+        "Time is that of the compile on the machine at hand, with whatever else it did.",
         "",
         "| | seed | ÷ float | other ÷ float | min | GiB | command |",
         "|---|---|---|---|---|---|---|",

@@ -34,7 +34,8 @@ class Texts:
         calib: text to calibrate and learn on.
         text: text of the same kind to measure perplexity on.
         other: text of another kind.
-        windows: of each text.
+        windows: of the text of the same kind.
+        other_windows: of the other.
         bos: as for qnpu-compile.
     """
 
@@ -43,6 +44,7 @@ class Texts:
     text: str
     other: str
     windows: int
+    other_windows: int
     bos: str
 
 
@@ -118,7 +120,8 @@ class Bench:
     def _evaluate(self, model: str, text: str) -> float:
         texts = self._texts
         tokenizer = str(Path(texts.model).parent)
-        command = ["qnpu-eval", model, "--text", text, "--windows", str(texts.windows)]
+        windows = texts.windows if text == texts.text else texts.other_windows
+        command = ["qnpu-eval", model, "--text", text, "--windows", str(windows)]
         done = run_command([*command, "--bos", texts.bos, "--tokenizer", tokenizer, "--json"])
         return float(done["perplexity"])
 
