@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ class Bench:
 
     def measure(self, options: Sequence[str]) -> Measured:
         """Compiles with options, and evaluates on both texts."""
-        texts, out = self._texts, self._folder / "out"
+        texts, out = self._texts, self._folder / f"out-{os.getpid()}"  # several may run at once
         command = ["qnpu-compile", texts.model, *options, "--calib", texts.calib]
         command += ["--eval-text", texts.text, "--eval-windows", str(texts.windows)]
         command += ["--bos", texts.bos, "--out", str(out), "--json"]
