@@ -117,7 +117,11 @@ def _compile(
         ),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Rounding of 4-bit weights: gptq or nearest. Default: gptq.")
+        str | None,
+        typer.Option(
+            help="Rounding of weights: gptq (4 bits), seqmse (4 and 8 bits) or nearest. "
+            "Default: gptq."
+        ),
     ] = None,
     learn: Annotated[
         str | None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from typing import Any, get_type_hints
 
-from qnpu.compiler.bit_plan import CHOSEN_BITS, Scheme
+from qnpu.compiler.bit_plan import CHOSEN_BITS, LEARNED_BITS, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
 from qnpu.compiler.prefix import parse_prefix
@@ -34,8 +34,9 @@ class CompileConfig:
         calib_windows: windows of text to calibrate on.
         seq_len: tokens per run of the graph.
         range_method: how activation ranges are taken from data.
-        weights: how 4-bit weights are rounded: ``gptq`` (so that outputs stay right) or
-            ``nearest``.
+        weights: how weights are rounded: ``gptq`` (those of 4 bits so that outputs stay right),
+            ``seqmse`` (to nearest codes, with the scales that outputs suffer least from; those of
+            8 bits, too) or ``nearest``.
         learn: ``none``, or learn scales, zero points and 4-bit codes: ``blockwise``, one decoder
             layer at a time, or ``end-to-end``.
         learn_windows: windows of text, from the same place, to round weights and to learn on.
@@ -114,7 +115,7 @@ class CompileConfig:
         if self.promote and self.down_bits == 16:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
-        _check_choice("weights", self.weights, ["gptq", "nearest"])
+        _check_choice("weights", self.weights, ["gptq", "seqmse", "nearest"])
         _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
         _check_choice("learn_weights", self.learn_weights, ["codes", "rotations"])
         _check_choice("learn_tensors", self.learn_tensors, ["rotated", "all"])
@@ -153,8 +154,13 @@ class CompileConfig:
     @property
     def windows(self) -> int:
         """Windows of text that are needed: to measure on and, where codes are chosen, for that."""
-        chooses = self.weights == "gptq" and self.bits_by_role.weight_bits <= CHOSEN_BITS
+        chooses = self.bits_by_role.weight_bits <= self.chosen_bits
         return max(self.calib_windows, self.learn_windows * (chooses or self.learn != "none"))
+
+    @property
+    def chosen_bits(self) -> int:
+        """Widest weights whose codes or scales are chosen on data; 0 for none."""
+        return {"gptq": CHOSEN_BITS, "seqmse": LEARNED_BITS, "nearest": 0}[self.weights]
 
     @property
     def bits_by_role(self) -> Scheme:

@@ -75,6 +75,12 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return result
 
 
+def widest_scale(weight: Tensor, codes: CodeRange) -> Tensor:
+    """Each channel's scale under which nothing is clipped, shape (channels,); 1 for zeros."""
+    peak = weight.abs().amax(dim=1)
+    return torch.where(peak > 0, peak / codes.high, torch.ones_like(peak))
+
+
 def likely_scales(weight: Tensor, moment: Tensor, codes: CodeRange) -> Tensor:
     """Candidates of each channel's scale, around the one that is best for nearest codes.
 
@@ -90,8 +96,7 @@ def likely_scales(weight: Tensor, moment: Tensor, codes: CodeRange) -> Tensor:
         Shape (candidates, channels), real units per LSB; of a channel of zeros around 1.
     """
     diagonal = moment.diagonal().to(weight.dtype)
-    peak = weight.abs().amax(dim=1)
-    widest = torch.where(peak > 0, peak / codes.high, torch.ones_like(peak))
+    widest = widest_scale(weight, codes)
     best, least = widest, torch.full_like(widest, torch.inf)
     for factor in _GRID:
         scale = widest * factor

@@ -105,7 +105,12 @@ def default_passes(
         )
     ]
     rounding: list[Pass] = [
-        RoundWeights(FirstRuns(calibration, config.learn_windows), progress=progress)
+        RoundWeights(
+            FirstRuns(calibration, config.learn_windows),
+            nearest=config.weights == "seqmse",
+            bits=config.chosen_bits,
+            progress=progress,
+        )
     ]
     learning: list[Pass] = [
         LearnScales(
@@ -131,7 +136,7 @@ def default_passes(
     encodings: list[Pass] = [
         CalibrateRanges(measured, method, progress=progress),
         *(learning if config.learn != "none" and turns else []),
-        *(rounding if config.weights == "gptq" else []),
+        *(rounding if config.chosen_bits else []),
         *(learning if config.learn != "none" and not turns else []),
         *(again if config.learn != "none" else []),
     ]

@@ -27,7 +27,8 @@ class RoundWeights(Pass):
         codes, scale = argmin Σ_channels (w - s·q)·H·(w - s·q)ᵀ
 
     c keeps the few tokens with massive activations from being all that H knows (**D**). Each
-    channel's scale is the best of several (quantnpu.md §3 **D**, §8).
+    channel's scale is the best of several (quantnpu.md §3 **D**, §8). With ``nearest`` codes are
+    the nearest, and only the scales are chosen so (SeqMSE; see ``qnpu.compiler.seqmse``).
 
     Memory: what crosses between runs of linears for all batches, and one H of (features, features).
 
@@ -37,6 +38,7 @@ class RoundWeights(Pass):
 
     Attributes:
         data: what to run the graph on.
+        nearest: choose scales alone.
         bits: widest weights to choose codes for; rounding to nearest serves wider ones.
         damping: part of the mean of diag H that is added to it.
         sweeps: passes of coordinate descent.
@@ -48,6 +50,7 @@ class RoundWeights(Pass):
     produces: ClassVar[Stage] = Stage.ENCODED
 
     data: FeedSource
+    nearest: bool = False
     bits: int = CHOSEN_BITS
     damping: float = 0.01
     sweeps: int = 2
@@ -66,7 +69,7 @@ class RoundWeights(Pass):
 
         model = compilation.model
         feeds = [turn_caches(model, run) for run in self.data.feeds(graph.inputs)]
-        options = weight_rounding.RoundingOptions(self.damping, self.sweeps)
+        options = weight_rounding.RoundingOptions(self.nearest, self.damping, self.sweeps)
         weight_rounding.round_linears(graph, linears, table, feeds, options, self.progress)
         return len({linear.weight for linear in linears.values()})
 

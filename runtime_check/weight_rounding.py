@@ -16,6 +16,7 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.quant_types import Encoding
+from qnpu.compiler.seqmse import clip_weight
 from qnpu.runtime_check.quantized_run import advance
 from qnpu.runtime_check.segments import Segment, segments_of
 from qnpu.runtime_check.session import Feeds
@@ -32,10 +33,12 @@ class RoundingOptions:
     """How to round; see ``qnpu.compiler.gptq.round_weight``.
 
     Attributes:
+        nearest: to nearest codes, scales as in ``qnpu.compiler.seqmse``; the rest is for GPTQ.
         damping: part of the mean of diag H that is added to it.
         sweeps: passes of coordinate descent.
     """
 
+    nearest: bool
     damping: float
     sweeps: int
 
@@ -96,10 +99,13 @@ def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: Round
     spec = table[name].spec
     rows = torch.from_numpy(np.moveaxis(array, linear.channel_axis, 0).astype(np.float32))
     codes = CodeRange(spec.q_min, spec.q_max)
-    scales = likely_scales(rows, moment, codes)
-    rounded = round_weight(
-        rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
-    )
+    if options.nearest:
+        rounded = clip_weight(rows, moment, codes)
+    else:
+        scales = likely_scales(rows, moment, codes)
+        rounded = round_weight(
+            rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
+        )
     scale = rounded.scale.numpy()
     whole = np.moveaxis(rounded.codes.numpy(), 0, linear.channel_axis).astype(np.int8)
     encoding = Encoding(spec, scale, np.zeros(scale.shape, np.int32))

@@ -70,6 +70,21 @@ def test_logits_are_closer_to_the_float_model_than_with_nearest_codes(
     assert after < part * before
 
 
+def test_nearest_codes_get_scales_at_eight_bits_too() -> None:
+    compilation = encoded("w4a8")
+    table = compilation.encodings
+    names = {name_of(linear.weight) for linear in linears(compilation)}
+    before = {name: table[name].scale for name in names}
+    assert RoundWeights(WINDOWS, nearest=True, bits=8).run(compilation) == len(names)
+    assert {table[name].spec.bits for name in names} == {4, 8}
+    for name in names:
+        array = constant_array(compilation.graph.initializers[name])
+        assert array is not None
+        np.testing.assert_array_equal(table.quantize(name, array), table[name].quantize(array))
+        moved = not np.array_equal(table[name].scale, before[name])
+        assert moved or table[name].spec.bits == 8  # clipping hardly ever pays there
+
+
 def test_every_four_bit_linear_gets_codes_and_the_graph_takes_them() -> None:
     compilation = encoded("w4a16")
     table = compilation.encodings
