@@ -1,0 +1,151 @@
+"""Arguments of the integer functions: formulas of ``integer_math`` in numbers modulo 2^64.
+
+Arrays are named as the parameters of ``qnpu.compiler.integer_functions``, and come in no order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qnpu.compiler.integer_math import LIFT_BITS, FixedPoint, NormNumbers, SoftmaxNumbers
+from qnpu.compiler.quant_types import QuantSpec
+
+Arguments = dict[str, NDArray[Any]]
+
+_LIFT = 1 << LIFT_BITS
+_ROOTS = 31  # powers of four below 2^62
+
+
+def requantize_arguments(
+    ratio: FixedPoint, zero_point: int, spec: QuantSpec, addend: ArrayLike = 0
+) -> Arguments:
+    """Of IntRequantize, or IntRequantizeFine where the ratio has a second multiplier.
+
+    Args:
+        ratio: one M, or one per channel.
+        zero_point: z of the result.
+        spec: of the result.
+        addend: added to what is multiplied (a bias, a zero point's cross term), LSB.
+    """
+    added, high = _whole(addend), _whole(ratio.high)
+    found = {
+        "multiplier": _unsigned(high),
+        "offset": _unsigned(_rounding(ratio, zero_point) + added * high),
+    }
+    if ratio.low is not None:
+        low = _whole(ratio.low)
+        found["fine_multiplier"] = _unsigned(low)
+        found["fine_offset"] = _unsigned(_LIFT + added * low)
+        found["fine_shift"] = _unsigned(ratio.fine)
+    return found | _limits(ratio.shift, spec)
+
+
+def add_arguments(
+    ratio: FixedPoint, zero_points: tuple[int, int], zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntAdd, or IntAddFine where the ratios have second multipliers.
+
+    Args:
+        ratio: M of either operand.
+        zero_points: of the operands.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    parts = {"": (ratio.high, _rounding(ratio, zero_point))}
+    if ratio.low is not None:
+        parts["fine_"] = (ratio.low, _LIFT)
+    found = _limits(ratio.shift, spec)
+    for prefix, (factors, start) in parts.items():
+        one, other = (int(factor) for factor in factors)
+        found[f"{prefix}multiplier_a"] = _unsigned(one)
+        found[f"{prefix}multiplier_b"] = _unsigned(other)
+        found[f"{prefix}offset"] = _unsigned(start - zero_points[0] * one - zero_points[1] * other)
+    if ratio.low is not None:
+        found["fine_shift"] = _unsigned(ratio.fine)
+    return found
+
+
+def multiply_arguments(
+    ratio: FixedPoint, zero_points: tuple[int, int], zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntMul; the second multiplier is not used."""
+    return {
+        "zero_a": _unsigned(zero_points[0]),
+        "zero_b": _unsigned(zero_points[1]),
+        "multiplier": _unsigned(ratio.high),
+        "offset": _unsigned(_rounding(ratio, zero_point)),
+        **_limits(ratio.shift, spec),
+    }
+
+
+def softmax_arguments(
+    numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntSoftmax along one axis."""
+    lifted = 1 << 16  # vanishes in the cast
+    start = (1 << (numbers.shift - 1)) + ((lifted + zero_point) << numbers.shift)
+    return {
+        "exponentials": numbers.exponentials,
+        "axes": np.array([axis], np.int64),
+        "numerator": np.array(numbers.numerator, np.int64),
+        "offset": np.array(start, np.int64),
+        "shift": _unsigned(numbers.shift),
+        "high": _unsigned(lifted + spec.q_max),
+    }
+
+
+def norm_arguments(
+    numbers: NormNumbers, axes: int, zero_point: int, spec: QuantSpec, **more: int
+) -> Arguments:
+    """Of IntRMSNorm and IntLayerNorm.
+
+    Args:
+        numbers: of the norm.
+        axes: how many, counted from the last.
+        zero_point: z of the result.
+        spec: of the result.
+        more: scalars that only one of them takes (``zero``).
+    """
+    start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
+    return {
+        **{name: np.array(number, np.int64) for name, number in more.items()},
+        "axes": np.arange(-axes, 0, dtype=np.int64),
+        "epsilon": np.array(numbers.epsilon, np.int64),
+        "prescale": np.array(numbers.prescale, np.int64),
+        "powers": 4 ** np.arange(_ROOTS, dtype=np.int64),
+        "starts": 1 << np.arange(_ROOTS + 1, dtype=np.int64),
+        "last": np.array([-1], np.int64),
+        "two": np.array(2, np.int64),
+        "numerator": np.array(numbers.numerator, np.int64),
+        "gain": numbers.gain,
+        "offset": _unsigned(_whole(numbers.bias) + start),
+        **_limits(numbers.shift, spec),
+    }
+
+
+def _rounding(ratio: FixedPoint, zero_point: int) -> int:
+    """What is added to a sum before its shift; what lifts the fine part is taken off again."""
+    start = _LIFT + (1 << (ratio.shift - 1)) + (zero_point << ratio.shift)
+    return start if ratio.low is None else start - (_LIFT >> ratio.fine)
+
+
+def _limits(shift: int, spec: QuantSpec) -> Arguments:
+    lifted = _LIFT >> shift
+    return {
+        "shift": _unsigned(shift),
+        "low": _unsigned(lifted + spec.q_min),
+        "high": _unsigned(lifted + spec.q_max),
+    }
+
+
+def _whole(numbers: ArrayLike) -> NDArray[Any]:
+    """Python's integers, which never overflow."""
+    return np.asarray(numbers).astype(object)
+
+
+def _unsigned(numbers: ArrayLike) -> NDArray[np.uint64]:
+    """Numbers modulo 2^64."""
+    return np.asarray(_whole(numbers) % (1 << 64), dtype=np.uint64)

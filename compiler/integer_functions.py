@@ -1,0 +1,217 @@
+"""Integer operators as model-local functions of domain ``qnpu``, made of standard operators.
+
+Any runtime that knows ONNX functions runs them; a viewer shows one node where a dozen integer
+operators stand. Sums are kept modulo 2^64 in uint64, because shifts are defined for unsigned
+integers alone: ``qnpu.compiler.integer_arguments`` lifts every sum by 2^62, so that none is
+negative, and what is left of that after the shift vanishes in the last cast.
+
+Bodies are in onnxscript; their twins in NumPy are in ``qnpu.runtime_check.reference``.
+"""
+# onnxscript reads these bodies as ONNX, where a name without a type is a tensor.
+# mypy: ignore-errors
+# pyright: basic
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import opset21 as op
+from onnxscript import script
+from onnxscript.values import Opset
+
+DOMAIN = "qnpu"
+VERSION = 1
+QNPU = Opset(DOMAIN, VERSION)
+
+_UINT8 = 2  # of TensorProto.DataType
+_INT32 = 6
+_INT64 = 7
+_UINT32 = 12
+_UINT64 = 13
+
+
+@script(QNPU, default_opset=op)
+def IntRequantize(x, multiplier, offset, shift, low, high, to: int):
+    """y = clip((x·multiplier + offset) >> shift, low, high)."""
+    sums = op.Cast(x, to=_UINT64) * multiplier + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntRequantizeFine(
+    x, multiplier, offset, shift, low, high, fine_multiplier, fine_offset, fine_shift, to: int
+):
+    """As IntRequantize; (x·fine_multiplier + fine_offset) >> fine_shift is part of the sum."""
+    wide = op.Cast(x, to=_UINT64)
+    fine = op.BitShift(wide * fine_multiplier + fine_offset, fine_shift, direction="RIGHT")
+    sums = wide * multiplier + offset + fine
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntAdd(a, b, multiplier_a, multiplier_b, offset, shift, low, high, to: int):
+    """y = clip((a·multiplier_a + b·multiplier_b + offset) >> shift, low, high)."""
+    first = op.Cast(a, to=_UINT64) * multiplier_a
+    sums = op.Cast(b, to=_UINT64) * multiplier_b + offset + first
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntAddFine(
+    a,
+    b,
+    multiplier_a,
+    multiplier_b,
+    offset,
+    shift,
+    low,
+    high,
+    fine_multiplier_a,
+    fine_multiplier_b,
+    fine_offset,
+    fine_shift,
+    to: int,
+):
+    """As IntAdd; (a·fine_a + b·fine_b + fine_offset) >> fine_shift is part of the sum."""
+    one = op.Cast(a, to=_UINT64)
+    other = op.Cast(b, to=_UINT64)
+    rest = one * fine_multiplier_a + fine_offset + other * fine_multiplier_b
+    fine = op.BitShift(rest, fine_shift, direction="RIGHT")
+    sums = one * multiplier_a + offset + other * multiplier_b + fine
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntMul(a, b, zero_a, zero_b, multiplier, offset, shift, low, high, to: int):
+    """y = clip(((a - zero_a)·(b - zero_b)·multiplier + offset) >> shift, low, high)."""
+    product = (op.Cast(a, to=_UINT64) - zero_a) * (op.Cast(b, to=_UINT64) - zero_b)
+    sums = product * multiplier + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntSplit(x, eight):
+    """The two bytes of uint16 codes: x = 256·high + low."""
+    high = op.Cast(op.BitShift(op.Cast(x, to=_UINT32), eight, direction="RIGHT"), to=_UINT8)
+    low = op.Cast(x, to=_UINT8)
+    return high, low
+
+
+@script(QNPU, default_opset=op)
+def IntLookup(x, table):
+    """y = table[x]; of signed codes the negative ones count from the table's end."""
+    return op.Gather(table, op.Cast(x, to=_INT32))
+
+
+@script(QNPU, default_opset=op)
+def IntSoftmax(x, exponentials, axes, numerator, offset, shift, high, to: int):
+    """y = (e·⌊numerator / Σe⌋ + offset) >> shift, at most high; e = exponentials[max x - x]."""
+    wide = op.Cast(x, to=_INT32)
+    weights = op.Gather(exponentials, op.ReduceMax(wide, axes, keepdims=1) - wide)
+    share = numerator / op.ReduceSum(weights, axes, keepdims=1)
+    sums = op.Cast(weights * share + offset, to=_UINT64)
+    return op.Cast(op.Min(op.BitShift(sums, shift, direction="RIGHT"), high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntSqrt(n, powers, starts, last, two):
+    """√n by four steps of Newton's method, from the power of two above; powers = 4^j."""
+    above = op.Cast(op.GreaterOrEqual(op.Unsqueeze(n, last), powers), to=_INT64)
+    root0 = op.Gather(starts, op.ReduceSum(above, last, keepdims=0))
+    root1 = (root0 + n / root0) / two
+    root2 = (root1 + n / root1) / two
+    root3 = (root2 + n / root2) / two
+    return (root3 + n / root3) / two
+
+
+@script(QNPU, default_opset=op)
+def IntRMSNorm(
+    x,
+    zero,
+    axes,
+    epsilon,
+    prescale,
+    powers,
+    starts,
+    last,
+    two,
+    numerator,
+    gain,
+    offset,
+    shift,
+    low,
+    high,
+    to: int,
+):
+    """y = clip((c·gain·⌊numerator / √(prescale·Σc² + epsilon)⌋ + offset) >> shift, low, high).
+
+    c = x - zero.
+    """
+    centred = op.Cast(x, to=_INT64) - zero
+    energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
+    share = numerator / QNPU.IntSqrt(energy, powers, starts, last, two)
+    sums = op.Cast(centred * gain * share, to=_UINT64) + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntLayerNorm(
+    x,
+    finer,
+    size,
+    half,
+    axes,
+    epsilon,
+    prescale,
+    powers,
+    starts,
+    last,
+    two,
+    numerator,
+    gain,
+    offset,
+    shift,
+    low,
+    high,
+    to: int,
+):
+    """As IntRMSNorm of c = finer·x - mean(finer·x), the mean whole; x is not negative."""
+    fine = op.Cast(x, to=_INT64) * finer
+    centred = fine - (op.ReduceSum(fine, axes, keepdims=1) + half) / size
+    energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
+    share = numerator / QNPU.IntSqrt(energy, powers, starts, last, two)
+    sums = op.Cast(centred * gain * share, to=_UINT64) + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+_BODIES = (
+    IntRequantize,
+    IntRequantizeFine,
+    IntAdd,
+    IntAddFine,
+    IntMul,
+    IntSplit,
+    IntLookup,
+    IntSoftmax,
+    IntSqrt,
+    IntRMSNorm,
+    IntLayerNorm,
+)
+NEEDS = {"IntRMSNorm": ("IntSqrt",), "IntLayerNorm": ("IntSqrt",)}
+"""Function → functions its body calls."""
+
+
+def integer_function(name: str, opset: int) -> ir.Function:
+    """A function's definition.
+
+    Args:
+        name: as in a node's ``op_type``.
+        opset: of the model, which functions must share.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    body = {item.name: item for item in _BODIES}[name]
+    function = ir.serde.deserialize_function(body.to_function_proto())
+    function.opset_imports[""] = opset
+    return function

@@ -1,0 +1,240 @@
+"""Requantization without floats: real ratios as integer multipliers and one shift.
+
+One rounding everywhere, half up, once, at the end (quantnpu.md §6)::
+
+    y = clamp(⌊Σ_i a_i · M_i + 1/2⌋ + z),  M_i = s_i / s_y, the exact ratio of scales
+      = clamp(((Σ_i a_i · m_i + 2^(shift-1)) >> shift) + z),  m_i = round(M_i · 2^shift)
+
+where a_i · m_i stays within 61 bits. That may leave too few bits behind the point; the rest of
+each ratio is then a second multiplier, M ≈ (m + m₂ · 2^-fine) · 2^-shift. As Σ a·m is a whole
+number, the nested shift rounds nothing twice::
+
+    y = clamp(((Σ_i a_i · m_i + ((Σ_i a_i · m₂_i) >> fine) + 2^(shift-1)) >> shift) + z)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LIFT_BITS = 62
+"""2^62 is added to sums before a logical shift: none is negative then."""
+_SUM_BITS = 61
+_MOST_SHIFT = LIFT_BITS - 16  # what is left of 2^62 vanishes in a cast to 16 bits or fewer
+_MOST_FINE = 30
+
+CLOSE = Fraction(1, 1 << 30)
+"""Error, LSB, that a requantization may have before its rounding and still be called exact: of
+2^30 results one may fall to the other side of a tie."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FixedPoint:
+    """Ratios of scales as integers.
+
+    Attributes:
+        high: m, int64, shape () or (ratios,).
+        shift: bits behind the point.
+        low: m₂, int64, same shape; None where high alone is close enough.
+        fine: bits of ``low``.
+    """
+
+    high: NDArray[np.int64]
+    shift: int
+    low: NDArray[np.int64] | None = None
+    fine: int = 0
+
+
+def exact_ratios(numerators: Iterable[ArrayLike], denominator: ArrayLike) -> list[Fraction]:
+    """Products of scales divided by a scale, without any rounding.
+
+    Args:
+        numerators: float32 scales to multiply, each of shape () or (channels,).
+        denominator: float32 scale, shape ().
+
+    Returns:
+        One per channel; one alone where every scale is.
+    """
+    product = [1 / Fraction(float(np.asarray(denominator)))]
+    for item in numerators:
+        factors = [Fraction(float(number)) for number in np.asarray(item).reshape(-1)]
+        count = max(len(product), len(factors))
+        product = [product[i % len(product)] * factors[i % len(factors)] for i in range(count)]
+    return product
+
+
+def fixed_point(
+    ratios: Sequence[Fraction], bounds: Sequence[int], *, terms: int = 1, close: Fraction = CLOSE
+) -> FixedPoint:
+    """Integers for ratios, as close as 64-bit sums allow.
+
+    Args:
+        ratios: M, one or several.
+        bounds: greatest |a| that each is multiplied with, LSB; as many, or one for all.
+        terms: how many products are added up.
+        close: error before the rounding, LSB, above which a second multiplier is worth its price.
+
+    Raises:
+        ValueError: results have more bits than sums.
+    """
+    pairs = [(ratio, bounds[index % len(bounds)]) for index, ratio in enumerate(ratios)]
+    largest = max(abs(ratio) * bound for ratio, bound in pairs) * terms
+    size = (largest.numerator // largest.denominator).bit_length()
+    shift = min(_MOST_SHIFT, _SUM_BITS - size)
+    if shift < 1:
+        raise ValueError(f"results of {size} bits do not fit")
+    high = [round_half_up(ratio * (1 << shift)) for ratio in ratios]
+    error = max(
+        bound * abs(ratio - Fraction(number, 1 << shift))
+        for (ratio, bound), number in zip(pairs, high, strict=True)
+    )
+    shape = () if len(ratios) == 1 else (len(ratios),)
+    if error * terms <= close:
+        return FixedPoint(np.array(high, np.int64).reshape(shape), shift)
+    fine = min(_MOST_FINE, _SUM_BITS - (max(bounds) * terms).bit_length())
+    scaled = [round_half_up(ratio * (1 << (shift + fine))) for ratio in ratios]
+    parts = [divmod(number, 1 << fine) for number in scaled]
+    whole, rest = (np.array(part, np.int64).reshape(shape) for part in zip(*parts, strict=True))
+    return FixedPoint(whole, shift, rest, fine)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftmaxNumbers:
+    """What an integer softmax counts with.
+
+    Attributes:
+        exponentials: round(2^28 · exp(-s_x·d)) for every distance d of two codes, int64.
+        numerator: ⌊2^shift / s_y⌋, divided by each row's sum.
+        shift: bits behind the point.
+    """
+
+    exponentials: NDArray[np.int64]
+    numerator: int
+    shift: int
+
+
+_EXPONENT_BITS = 28  # a row of 2^12 codes still leaves its reciprocal 21 bits
+
+
+def softmax_numbers(scale: float, bits: int, result_scale: float) -> SoftmaxNumbers:
+    """Numbers of a softmax.
+
+    Args:
+        scale: s_x, real units per LSB of what comes in.
+        bits: of what comes in.
+        result_scale: s_y.
+    """
+    distances = np.arange(1 << bits, dtype=np.float64)
+    exponentials = np.rint(np.exp(-scale * distances) * (1 << _EXPONENT_BITS)).astype(np.int64)
+    step = 1 / Fraction(result_scale)
+    size = (step.numerator // step.denominator).bit_length()
+    shift = min(_MOST_SHIFT, LIFT_BITS - 1 - size)
+    whole = step * (1 << shift)
+    return SoftmaxNumbers(exponentials, whole.numerator // whole.denominator, shift)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormNumbers:
+    """What an integer norm counts with: y = ((c·gain·⌊numerator / √N⌋ + bias) >> shift) + z.
+
+    c are the codes less their zero point; of LayerNorm, the codes times ``finer``, less the mean of
+    that, a whole number. N = prescale·Σc² + epsilon.
+
+    Attributes:
+        gain: codes of the gains less their zero point, int64, shape () or (features,).
+        bias: at 2^-shift LSB, int64, shape () or (features,).
+        epsilon: at the scale of N, one at least.
+        prescale: a power of four.
+        numerator: below 2^62.
+        shift: bits behind the point.
+        finer: steps of the mean per LSB; 1 where none is taken off.
+    """
+
+    gain: NDArray[np.int64]
+    bias: NDArray[np.int64]
+    epsilon: int
+    prescale: int
+    numerator: int
+    shift: int
+    finer: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NormShape:
+    """What is known of a norm before its gains.
+
+    Attributes:
+        features: that it runs over.
+        bits: of the codes it takes.
+        scale: real units per LSB of those.
+        epsilon: ε, real.
+        centred: a LayerNorm.
+    """
+
+    features: int
+    bits: int
+    scale: float
+    epsilon: float
+    centred: bool
+
+
+_MEAN_BITS = 24  # of codes that a mean is taken off: 2^14 squares of them stay below 2^62
+
+
+def norm_numbers(
+    norm: NormShape,
+    gains: tuple[NDArray[np.int64], float],
+    result_scale: float,
+    bias: NDArray[np.float64] | None = None,
+) -> NormNumbers:
+    """Numbers of a norm.
+
+    Args:
+        norm: its shape.
+        gains: codes less their zero point, and their scale.
+        result_scale: s_y.
+        bias: real.
+
+    Raises:
+        ValueError: sums do not fit 62 bits.
+    """
+    codes, gain_scale = gains
+    bits = _MEAN_BITS if norm.centred else norm.bits
+    finer = 1 << (bits - norm.bits)
+    floor = norm.features * Fraction(norm.epsilon) * finer**2 / Fraction(norm.scale) ** 2
+    largest = (norm.features << (2 * bits)) + floor
+    half = (LIFT_BITS - (largest.numerator // largest.denominator).bit_length()) // 2
+    if half < 0:
+        raise ValueError(f"{norm.features} squares of {bits} bits do not fit")
+    root = Fraction(isqrt(norm.features << 64), 1 << 32)
+    ratio = root * Fraction(gain_scale) / Fraction(result_scale)
+    result = ratio * max(1, int(np.abs(codes).max()))
+    shift = min(
+        _MOST_SHIFT,
+        _SUM_BITS - 1 - (result.numerator // result.denominator).bit_length(),
+        LIFT_BITS - 1 - half - (ratio.numerator // ratio.denominator).bit_length(),
+    )
+    if shift < 1:
+        raise ValueError("results do not fit")
+    offsets = np.zeros((), np.int64)
+    if bias is not None:
+        offsets = np.rint(bias / result_scale * (1 << shift)).astype(np.int64)
+    return NormNumbers(
+        gain=codes,
+        bias=offsets,
+        epsilon=max(1, round_half_up(floor * (1 << (2 * half)))),
+        prescale=1 << (2 * half),
+        numerator=round_half_up(ratio * (1 << (shift + half))),
+        shift=shift,
+        finer=finer,
+    )
+
+
+def round_half_up(number: Fraction) -> int:
+    """⌊x + 1/2⌋."""
+    return (2 * number.numerator + number.denominator) // (2 * number.denominator)

@@ -1,0 +1,136 @@
+"""What the integer functions compute, in NumPy: the twins of ``qnpu.compiler.integer_functions``.
+
+Written after the formulas, with signed 64-bit integers and arithmetic shifts, not after the ONNX
+bodies. Every twin gives the codes that its function gives, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnpu.compiler.integer_math import FixedPoint, NormNumbers, SoftmaxNumbers
+from qnpu.compiler.quant_types import QuantSpec
+
+Codes = NDArray[Any]
+Int64 = NDArray[np.int64]
+
+
+def requantize(numbers: Codes, ratio: FixedPoint, zero_point: int, spec: QuantSpec) -> Codes:
+    """y = clamp(⌊a·M + 1/2⌋ + z); ``ratio`` broadcasts along the last axis."""
+    return _rounded([numbers], [ratio.high], [ratio.low], ratio, zero_point, spec)
+
+
+def add(
+    operands: Sequence[Codes],
+    zero_points: Sequence[int],
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """y = clamp(⌊Σ (q_i - z_i)·M_i + 1/2⌋ + z); ``ratio`` holds one M per operand."""
+    numbers = [
+        codes.astype(np.int64) - zero for codes, zero in zip(operands, zero_points, strict=True)
+    ]
+    low = [None] * len(numbers) if ratio.low is None else list(ratio.low)
+    return _rounded(numbers, list(ratio.high), low, ratio, zero_point, spec)
+
+
+def multiply(
+    first: Codes,
+    second: Codes,
+    zero_points: tuple[int, int],
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """y = clamp(⌊(q_a - z_a)·(q_b - z_b)·M + 1/2⌋ + z)."""
+    one, other = first.astype(np.int64) - zero_points[0], second.astype(np.int64) - zero_points[1]
+    return requantize(one * other, ratio, zero_point, spec)
+
+
+def matmul(
+    first: Codes,
+    second: Codes,
+    zero_points: tuple[int, int],
+    bias: Codes | None,
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """y = clamp(⌊((q_a - z_a) @ (q_b - z_b) + b)·M + 1/2⌋ + z), b at s_a·s_b."""
+    one, other = first.astype(np.int64) - zero_points[0], second.astype(np.int64) - zero_points[1]
+    sums = one @ other if bias is None else one @ other + bias.astype(np.int64)
+    return requantize(sums, ratio, zero_point, spec)
+
+
+def _rounded(
+    numbers: Sequence[Codes],
+    high: Sequence[Any],
+    low: Sequence[Any],
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    wide = [item.astype(np.int64) for item in numbers]
+    total = _weighted(wide, high)
+    if ratio.low is not None:
+        total = total + (_weighted(wide, low) >> ratio.fine)
+    return _codes((total + (1 << (ratio.shift - 1))) >> ratio.shift, zero_point, spec)
+
+
+def _weighted(numbers: Sequence[Int64], factors: Sequence[Any]) -> Int64:
+    first, *rest = (a * m for a, m in zip(numbers, factors, strict=True))
+    for item in rest:
+        first = first + item
+    return np.asarray(first, np.int64)
+
+
+def _codes(nearest: Int64, zero_point: int, spec: QuantSpec) -> Codes:
+    codes: Codes = np.clip(nearest + zero_point, spec.q_min, spec.q_max).astype(spec.code_dtype)
+    return codes
+
+
+def softmax(
+    codes: Codes, numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
+) -> Codes:
+    """y = clamp(⌊e·⌊numerator / Σe⌋ / 2^shift + 1/2⌋ + z), e of each code's distance to max x."""
+    wide = codes.astype(np.int64)
+    weights = numbers.exponentials[wide.max(axis=axis, keepdims=True) - wide]
+    share = numbers.numerator // weights.sum(axis=axis, keepdims=True)
+    nearest = (weights * share + (1 << (numbers.shift - 1))) >> numbers.shift
+    return _codes(nearest, zero_point, spec)
+
+
+def square_root(numbers: Int64) -> Int64:
+    """√n, of 1 to 2^62, to 24 bits or a whole number: Newton, from the power of two above."""
+    powers = 4 ** np.arange(31, dtype=np.int64)
+    root = np.int64(1) << (numbers[..., None] >= powers).sum(axis=-1).astype(np.int64)
+    for _ in range(4):
+        root = (root + numbers // root) // 2
+    return np.asarray(root)
+
+
+def rms_norm(
+    codes: Codes, zero: int, numbers: NormNumbers, zero_point: int, spec: QuantSpec
+) -> Codes:
+    """c·γ / √(mean c² + ε) over the last axis, as ``NormNumbers`` says."""
+    return _normalized(codes.astype(np.int64) - zero, numbers, zero_point, spec)
+
+
+def layer_norm(codes: Codes, numbers: NormNumbers, zero_point: int, spec: QuantSpec) -> Codes:
+    """(x - mean x)·γ / √(var x + ε) + β over the last axis, as ``NormNumbers`` says."""
+    wide = codes.astype(np.int64) * numbers.finer
+    size = wide.shape[-1]
+    mean = (wide.sum(axis=-1, keepdims=True) + size // 2) // size
+    return _normalized(wide - mean, numbers, zero_point, spec)
+
+
+def _normalized(centred: Int64, numbers: NormNumbers, zero_point: int, spec: QuantSpec) -> Codes:
+    energy = (centred * centred).sum(axis=-1, keepdims=True) * numbers.prescale + numbers.epsilon
+    share = numbers.numerator // square_root(energy)
+    sums = centred * numbers.gain * share + numbers.bias
+    return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)

@@ -1,0 +1,184 @@
+"""Integer functions on ONNX Runtime give the codes of their twins, bit for bit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qnpu.compiler.integer_arguments import (
+    add_arguments,
+    multiply_arguments,
+    norm_arguments,
+    requantize_arguments,
+    softmax_arguments,
+)
+from qnpu.compiler.integer_math import (
+    NormShape,
+    exact_ratios,
+    fixed_point,
+    norm_numbers,
+    softmax_numbers,
+)
+from qnpu.compiler.quant_types import QuantSpec
+from qnpu.runtime_check import reference
+from tests.conftest import normal
+from tests.integer_nodes import S8, S16, SPECS, U8, U16, Array, call, codes
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+
+
+@each_spec
+@pytest.mark.parametrize("bits", [12, 26, 34])
+def test_requantize(spec: QuantSpec, bits: int) -> None:
+    bound = 1 << bits
+    generator = np.random.default_rng(bits)
+    numbers = generator.integers(-bound, bound, (64, 40))
+    bias = generator.integers(-bound // 4, bound // 4, 40)
+    weights = generator.uniform(0.5, 1.0, 40).astype(np.float32)
+    step = np.float32(bound / (1 << spec.bits) * (1.1 if bits > 12 else 1.0))
+    fixed = fixed_point(exact_ratios([weights], step), [2 * bound])
+    zero = (spec.q_min + spec.q_max) // 3
+    arguments = requantize_arguments(fixed, zero, spec, bias)
+    function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
+    assert (fixed.low is None) == (bits == 12)
+    found = call(function, [numbers], arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.requantize(numbers + bias, fixed, zero, spec))
+    assert len(np.unique(found)) > 200
+
+
+@each_spec
+@pytest.mark.parametrize("close", [Fraction(1), Fraction(0)], ids=["coarse", "fine"])
+def test_add(spec: QuantSpec, close: Fraction) -> None:
+    operands = [codes(U16, 30, 50), codes(U8, 30, 50, seed=1)]
+    ratios = [Fraction(1, 300), Fraction(7, 11)]
+    fixed = fixed_point(ratios, [65535, 255], terms=2, close=close)
+    zero = (spec.q_min + spec.q_max) // 2
+    function = "IntAdd" if fixed.low is None else "IntAddFine"
+    assert (fixed.low is None) == bool(close)
+    arguments = add_arguments(fixed, (30000, 100), zero, spec)
+    found = call(function, operands, arguments, spec.dtype)[0]
+    expected = reference.add(operands, (30000, 100), fixed, zero, spec)
+    np.testing.assert_array_equal(found, expected)
+
+
+@each_spec
+@pytest.mark.parametrize("kinds", [(U16, U8), (U8, S16), (S8, S8)], ids=str)
+def test_mul(spec: QuantSpec, kinds: tuple[QuantSpec, QuantSpec]) -> None:
+    operands = [codes(kind, 30, 50, seed=index) for index, kind in enumerate(kinds)]
+    zeros = (kinds[0].q_max // 3, kinds[1].q_max // 2)
+    bound = (1 << kinds[0].bits) * (1 << kinds[1].bits)
+    fixed = fixed_point([Fraction(1 << spec.bits, bound)], [bound])
+    zero = (spec.q_min + spec.q_max) // 2
+    arguments = multiply_arguments(fixed, zeros, zero, spec)
+    found = call("IntMul", operands, arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(
+        found, reference.multiply(operands[0], operands[1], zeros, fixed, zero, spec)
+    )
+
+
+def test_split() -> None:
+    whole = codes(U16, 7, 9)
+    high, low = call("IntSplit", [whole], {"eight": np.array(8, np.uint32)}, U8.dtype, cast=False)
+    np.testing.assert_array_equal(high.astype(np.int64) * 256 + low, whole)
+
+
+@each_spec
+def test_lookup(spec: QuantSpec) -> None:
+    given = codes(spec, 30, 50)
+    table = codes(U16, 1 << spec.bits, seed=3)
+    found = call("IntLookup", [given], {"table": table}, U16.dtype, cast=False)[0]
+    np.testing.assert_array_equal(found, table[given.astype(np.int64) % (1 << spec.bits)])
+
+
+def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:
+    """Codes from ONNX Runtime, from the twin, and real codes, of a row with a mask."""
+    scale, result = 20.0 / (1 << kind.bits), 1.0 / (1 << spec.bits)
+    given = codes(kind, 4, 30, 200)
+    given[:, :, 150:] = kind.q_min
+    given[0, 0] = kind.q_max
+    numbers = softmax_numbers(scale, kind.bits, result)
+    arguments = softmax_arguments(numbers, -1, spec.q_min, spec)
+    found = call("IntSoftmax", [given], arguments, spec.dtype)[0]
+    twin = reference.softmax(given, numbers, -1, spec.q_min, spec)
+    real = np.exp(scale * given.astype(np.float64))
+    real = real / real.sum(axis=-1, keepdims=True) / result + spec.q_min
+    return found, twin, np.clip(real, spec.q_min, spec.q_max)
+
+
+@each_spec
+@pytest.mark.parametrize("kind", [U8, U16, S8, S16], ids=str)
+def test_softmax(spec: QuantSpec, kind: QuantSpec) -> None:
+    found, twin, real = softmax_case(kind, spec)
+    np.testing.assert_array_equal(found, twin)
+    assert np.abs(found - real).max() < 0.51  # half an LSB is the rounding's own
+
+
+@each_spec
+@pytest.mark.parametrize("kind", [U8, U16], ids=str)
+def test_rms_norm(spec: QuantSpec, kind: QuantSpec) -> None:
+    given, zero, size = codes(kind, 40, 96), kind.q_max // 3, 96
+    given[0], given[1] = zero, zero + 1
+    gains = (np.random.default_rng(2).integers(-200, 200, size), 0.01)
+    scale, result = 0.03, 8.0 / (1 << spec.bits)
+    numbers = norm_numbers(NormShape(size, kind.bits, scale, 1e-5, centred=False), gains, result)
+    z = (spec.q_min + spec.q_max) // 2
+    arguments = norm_arguments(numbers, 1, z, spec, zero=zero)
+    found = call("IntRMSNorm", [given], arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.rms_norm(given, zero, numbers, z, spec))
+    real = scale * (given.astype(np.float64) - zero)
+    real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * gains[0] * gains[1]
+    expected = np.clip(real / result + z, spec.q_min, spec.q_max)
+    # of rows an LSB or two from zero the root keeps fewer bits
+    assert np.abs(found - expected)[2:].max() < 0.51
+    assert np.abs(found - expected).max() < 0.75
+
+
+@each_spec
+@pytest.mark.parametrize("kind", [U8, U16], ids=str)
+def test_layer_norm(spec: QuantSpec, kind: QuantSpec) -> None:
+    given, size = codes(kind, 40, 96), 96
+    given[0] = 7
+    gains = (np.random.default_rng(2).integers(-200, 200, size), 0.01)
+    bias = normal(size).astype(np.float64)
+    scale, result = 0.03, 8.0 / (1 << spec.bits)
+    numbers = norm_numbers(
+        NormShape(size, kind.bits, scale, 1e-5, centred=True), gains, result, bias
+    )
+    z = (spec.q_min + spec.q_max) // 2
+    more = {"finer": numbers.finer, "size": size, "half": size // 2}
+    arguments = norm_arguments(numbers, 1, z, spec, **more)
+    found = call("IntLayerNorm", [given], arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.layer_norm(given, numbers, z, spec))
+    real = scale * given.astype(np.float64)
+    real = real - real.mean(axis=-1, keepdims=True)
+    real = (
+        real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * gains[0] * gains[1] + bias
+    )
+    expected = np.clip(real / result + z, spec.q_min, spec.q_max)
+    assert np.abs(found - expected).max() < 0.52
+
+
+def test_square_roots() -> None:
+    generator = np.random.default_rng(0)
+    numbers = np.concatenate(
+        [
+            [1, 2, 3, 4, (1 << 62) - 1],
+            4 ** np.arange(31),
+            generator.integers(1, 1 << 62, 500),
+            generator.integers(1, 1 << 20, 500),
+        ]
+    )
+    numbers = np.minimum(numbers, (1 << 62) - 1)[:, None]
+    arguments = {
+        "powers": 4 ** np.arange(31, dtype=np.int64),
+        "starts": 1 << np.arange(32, dtype=np.int64),
+        "last": np.array([-1], np.int64),
+        "two": np.array(2, np.int64),
+    }
+    found = call("IntSqrt", [numbers], arguments, ir.DataType.INT64, cast=False)[0]
+    np.testing.assert_array_equal(found, reference.square_root(numbers))
+    exact = np.sqrt(numbers.astype(np.longdouble))
+    assert (np.abs(found - exact) < np.maximum(1.0, exact * 2.0**-24)).all()
