@@ -81,6 +81,11 @@ def multiply_arguments(
     }
 
 
+def split_arguments() -> Arguments:
+    """Of IntSplit."""
+    return {"eight": np.array(8, np.uint32)}
+
+
 def softmax_arguments(
     numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:

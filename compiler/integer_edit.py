@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.graph_edit import GraphEditor
+from qnpu.compiler.graph_edit import GraphEditor, keeps_name, name_of, replace_value
+from qnpu.compiler.integer_arguments import Arguments
 from qnpu.compiler.integer_functions import DOMAIN, NEEDS, VERSION, integer_function
 
 
@@ -24,58 +25,114 @@ class IntegerEditor(GraphEditor):
         super().__init__(model.graph)
         self._model = model
         self._shared: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._bytes: dict[ir.Value, list[ir.Value]] = {}
 
     def call(
         self,
         function: str,
         operands: Sequence[ir.Value],
-        arguments: Mapping[str, NDArray[Any]],
-        name: str,
-        dtype: ir.DataType,
-        shape: ir.Shape | None,
+        arguments: Arguments,
+        like: ir.Value,
         *,
         before: ir.Node,
-        cast: bool = True,
     ) -> ir.Value:
-        """The result of a node that calls an integer function.
+        """The first result of a node that calls an integer function.
 
         Args:
             function: its name.
             operands: first inputs, codes.
-            arguments: constants by parameter name, all others.
-            name: of the result; that of the node is made from it.
-            dtype: of the result.
-            shape: of the result.
+            arguments: constants by parameter name: all other inputs.
+            like: what the result is to be like in type and shape; names begin with its name.
             before: place of the node.
-            cast: the function takes its result's type as an attribute.
+
+        Raises:
+            ValueError: arguments are not those of the function.
         """
-        self._define(function)
-        definition = self._model.functions[DOMAIN, function, ""]
-        wanted = [str(item.name) for item in definition.inputs][len(operands) :]
+        definition = self._define(function)
+        wanted = [name_of(item) for item in definition.inputs][len(operands) :]
         if set(wanted) != set(arguments):
             raise ValueError(f"{function} takes {wanted}, not {sorted(arguments)}")
-        constants = [self._argument(f"{name}_{key}", arguments[key]) for key in wanted]
-        attributes = {"to": int(dtype)} if cast else {}
+        base = name_of(like)
+        constants = [self._argument(f"{base}_{key}", arguments[key]) for key in wanted]
+        attributes = {"to": int(like.dtype or 0)} if "to" in definition.attributes else None
         node = ir.node(
             function,
             [*operands, *constants],
-            attributes or None,
+            attributes,
             domain=DOMAIN,
             num_outputs=len(definition.outputs),
-            name=self.free_name(f"{name}_{function}"),
+            name=self.free_name(f"{base}_{function}"),
         )
-        for index, output in enumerate(node.outputs):
-            output.name = self.free_name(name if not index else f"{name}_{index}")
-            output.type, output.shape = ir.TensorType(dtype), shape
+        for output in node.outputs:
+            output.name = self.free_name(base)
+            output.type, output.shape = like.type, like.shape
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
-    def _define(self, function: str) -> None:
+    def split(self, codes: ir.Value, arguments: Arguments, *, before: ir.Node) -> list[ir.Value]:
+        """High and low byte of 16-bit codes; of the same codes only once."""
+        if codes not in self._bytes:
+            like = ir.Value(
+                name=f"{name_of(codes)}_bytes",
+                type=ir.TensorType(ir.DataType.UINT8),
+                shape=codes.shape,
+            )
+            high = self.call("IntSplit", [codes], arguments, like, before=before)
+            producer = high.producer()
+            self._bytes[codes] = list(producer.outputs) if producer is not None else []
+        return self._bytes[codes]
+
+    def accumulator(
+        self, op_type: str, inputs: Sequence[ir.Value | None], like: ir.Value, *, before: ir.Node
+    ) -> ir.Value:
+        """The int32 sums of a standard operator, of the shape of ``like``."""
+        shape = like.shape.dims if like.shape is not None else None
+        sums = self.node(op_type, inputs, f"{name_of(like)}_sums", shape, before=before)
+        sums.type = ir.TensorType(ir.DataType.INT32)
+        return sums
+
+    def zero_point(self, number: int, codes: ir.Value) -> ir.Value:
+        """A constant zero point in the type of codes."""
+        dtype = np.int8 if codes.dtype is ir.DataType.INT8 else np.uint8
+        return self._argument("zero_point", np.array(number, dtype))
+
+    def weight(
+        self, value: ir.Value, codes: NDArray[np.int8], *, transposed: bool, before: ir.Node
+    ) -> ir.Value:
+        """A weight's codes as int8, shape (features, channels); those of 4 bits stay packed."""
+        if transposed:
+            packed = codes.astype(value.const_value.numpy().dtype) if value.const_value else codes
+            value = self.constant(f"{name_of(value)}_transposed", packed, value.dtype)
+        if value.dtype is ir.DataType.INT8:
+            return value
+        cast = self.node(
+            "Cast",
+            [value],
+            f"{name_of(value)}_int8",
+            codes.shape,
+            before=before,
+            to=int(ir.DataType.INT8),
+        )
+        cast.type = ir.TensorType(ir.DataType.INT8)
+        return cast
+
+    def take_over(self, old: ir.Value, new: ir.Value) -> None:
+        """Lets everything that reads ``old`` read ``new``, which takes over its name."""
+        producer = old.producer()
+        replace_value(self.graph, old, new)
+        if producer is not None:
+            self.graph.remove(producer, safe=True)
+        if not keeps_name(new):
+            new.name, old.name = old.name, None
+
+    def _define(self, function: str) -> ir.Function:
+        functions = self._model.functions
         for name in (function, *NEEDS.get(function, ())):
-            if (DOMAIN, name, "") not in self._model.functions:
+            if (DOMAIN, name, "") not in functions:
                 definition = integer_function(name, self._model.opset_imports[""])
-                self._model.functions[DOMAIN, name, ""] = definition
+                functions[DOMAIN, name, ""] = definition
                 self._model.opset_imports[DOMAIN] = VERSION
+        return functions[DOMAIN, function, ""]
 
     def _argument(self, name: str, array: NDArray[Any]) -> ir.Value:
         key = str(array.dtype), array.shape, np.ascontiguousarray(array).tobytes()

@@ -104,6 +104,13 @@ def IntLookup(x, table):
 
 
 @script(QNPU, default_opset=op)
+def IntWhere(condition, a, b, to: int):
+    """y = a where the condition holds, else b."""
+    chosen = op.Where(condition, op.Cast(a, to=_INT32), op.Cast(b, to=_INT32))
+    return op.Cast(chosen, to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntSoftmax(x, exponentials, axes, numerator, offset, shift, high, to: int):
     """y = (e·⌊numerator / Σe⌋ + offset) >> shift, at most high; e = exponentials[max x - x]."""
     wide = op.Cast(x, to=_INT32)
@@ -192,6 +199,7 @@ _BODIES = (
     IntMul,
     IntSplit,
     IntLookup,
+    IntWhere,
     IntSoftmax,
     IntSqrt,
     IntRMSNorm,

@@ -1066,6 +1066,37 @@ class PrefixInserted(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NoIntegerForm(Rule):
+    """What it checks
+        Every operator that computes on quantized numbers can be done on their codes.
+
+    Why it matters
+        In the integer graph no tensor between inputs and outputs may be a float.
+
+    Example
+        ```console
+        qnpu-compile detector.onnx --emit integer    # with a NonMaxSuppression on float boxes
+        ```
+
+    How to fix
+        Take the operator out of the graph, or leave it to what runs behind the NPU; linears of two
+        activations at 16 bits want one of them at 8.
+    """
+
+    code: ClassVar[str] = "QN401"
+    name: ClassVar[str] = "no-integer-form"
+    severity: ClassVar[Severity] = Severity.ERROR
+
+    operator: str
+
+    def message(self) -> str:
+        return f"`{self.operator}` has no integer form for these operands"
+
+    def help(self) -> str:
+        return "take it out of the graph, or give its operands 8 bits or a single scale"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is one of w8a16, w8a8, w4a16, w4a8 and w4a4.

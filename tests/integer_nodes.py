@@ -25,8 +25,6 @@ def call(
     operands: Sequence[Array],
     arguments: Arguments,
     dtype: ir.DataType,
-    *,
-    cast: bool = True,
 ) -> list[Array]:
     """All outputs of the function, as ONNX Runtime computes them."""
     inputs = [
@@ -40,9 +38,8 @@ def call(
     anchor = ir.node("Identity", [inputs[0]], name="anchor")
     graph = ir.Graph(inputs, [], nodes=[anchor], opset_imports={"": 23}, name="g")
     model = ir.Model(graph, ir_version=10)
-    result = IntegerEditor(model).call(
-        function, inputs, arguments, "y", dtype, None, before=anchor, cast=cast
-    )
+    like = ir.Value(name="y", type=ir.TensorType(dtype))
+    result = IntegerEditor(model).call(function, inputs, arguments, like, before=anchor)
     producer = result.producer()
     assert producer is not None
     graph.outputs.extend(producer.outputs)

@@ -81,7 +81,7 @@ def test_mul(spec: QuantSpec, kinds: tuple[QuantSpec, QuantSpec]) -> None:
 
 def test_split() -> None:
     whole = codes(U16, 7, 9)
-    high, low = call("IntSplit", [whole], {"eight": np.array(8, np.uint32)}, U8.dtype, cast=False)
+    high, low = call("IntSplit", [whole], {"eight": np.array(8, np.uint32)}, U8.dtype)
     np.testing.assert_array_equal(high.astype(np.int64) * 256 + low, whole)
 
 
@@ -89,7 +89,7 @@ def test_split() -> None:
 def test_lookup(spec: QuantSpec) -> None:
     given = codes(spec, 30, 50)
     table = codes(U16, 1 << spec.bits, seed=3)
-    found = call("IntLookup", [given], {"table": table}, U16.dtype, cast=False)[0]
+    found = call("IntLookup", [given], {"table": table}, U16.dtype)[0]
     np.testing.assert_array_equal(found, table[given.astype(np.int64) % (1 << spec.bits)])
 
 
@@ -178,7 +178,7 @@ def test_square_roots() -> None:
         "last": np.array([-1], np.int64),
         "two": np.array(2, np.int64),
     }
-    found = call("IntSqrt", [numbers], arguments, ir.DataType.INT64, cast=False)[0]
+    found = call("IntSqrt", [numbers], arguments, ir.DataType.INT64)[0]
     np.testing.assert_array_equal(found, reference.square_root(numbers))
     exact = np.sqrt(numbers.astype(np.longdouble))
     assert (np.abs(found - exact) < np.maximum(1.0, exact * 2.0**-24)).all()

@@ -1,0 +1,137 @@
+"""Nodes of a Q/DQ graph with the codes they take and the codes that become of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.operands import QUANTIZE, Operand, input_operand
+from qnpu.compiler.qdq_edit import encoding_of, spec_of
+from qnpu.compiler.quant_types import Encoding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedInput:
+    """An input of a node, as codes under one scale.
+
+    Attributes:
+        codes: the integers.
+        encoding: what they stand for.
+        constant: they are an initializer.
+    """
+
+    codes: ir.Value
+    encoding: Encoding
+    constant: bool
+
+    @property
+    def scale(self) -> float:
+        return float(self.encoding.scale)
+
+    @property
+    def zero_point(self) -> int:
+        return int(self.encoding.zero_point)
+
+    @property
+    def reach(self) -> int:
+        """Greatest distance of a code in use from the zero point, LSB."""
+        spec, zero = self.encoding.spec, self.zero_point
+        return max(spec.q_max - zero, zero - spec.q_min)
+
+    @property
+    def single(self) -> int | None:
+        """The one code of a constant that has no other, less its zero point."""
+        array = constant_array(self.codes) if self.constant else None
+        if array is None or array.size != 1:
+            return None
+        return int(array.reshape(())) - self.zero_point
+
+
+def coded_input(value: ir.Value | None) -> CodedInput | None:
+    """An input as codes; None where it is no dequantized tensor with one scale."""
+    if value is None:
+        return None
+    operand = input_operand(value)
+    encoding = encoding_of(operand)
+    if encoding is None or operand.codes is None:
+        return None
+    return CodedInput(operand.codes, encoding, operand.constant)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedResult:
+    """Codes that a QuantizeLinear makes of a node's result.
+
+    Attributes:
+        quantize: the QuantizeLinear.
+        encoding: its own.
+    """
+
+    quantize: ir.Node
+    encoding: Encoding
+
+    @property
+    def codes(self) -> ir.Value:
+        return self.quantize.outputs[0]
+
+    @property
+    def scale(self) -> float:
+        return float(self.encoding.scale)
+
+    @property
+    def zero_point(self) -> int:
+        return int(self.encoding.zero_point)
+
+
+def coded_results(value: ir.Value) -> list[CodedResult] | None:
+    """All that a result is read as; None where something reads it as a float."""
+    found: list[CodedResult] = []
+    for user in value.consumers():
+        encoding = _own_encoding(user) if user.op_type == QUANTIZE else None
+        if encoding is None:
+            return None
+        found.append(CodedResult(user, encoding))
+    return None if value.is_graph_output() else found
+
+
+def conversions(graph: ir.Graph) -> Iterator[tuple[CodedInput, CodedResult]]:
+    """Q/DQ pairs that change an encoding: codes before, codes after."""
+    for node in list(graph):
+        if node.op_type != QUANTIZE:
+            continue
+        before, encoding = coded_input(node.inputs[0]), _own_encoding(node)
+        if before is not None and encoding is not None:
+            yield before, CodedResult(node, encoding)
+
+
+def real_constant(operand: Operand) -> np.ndarray | None:
+    """What a constant's codes stand for, float64; None for any other operand."""
+    codes = constant_array(operand.codes) if operand.constant else None
+    if codes is None or operand.scale is None or operand.zero_point is None:
+        return None
+    shape = [1] * codes.ndim
+    if operand.scale.size > 1:
+        shape[operand.axis] = -1
+    scale = operand.scale.astype(np.float64).reshape(shape if operand.scale.size > 1 else ())
+    zero = operand.zero_point.reshape(shape if operand.scale.size > 1 else ())
+    return (codes.astype(np.float64) - zero) * scale
+
+
+def _own_encoding(quantize: ir.Node) -> Encoding | None:
+    scale = constant_array(quantize.inputs[1])
+    zero = constant_array(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
+    kind = quantize.outputs[0].dtype
+    if scale is None or zero is None or kind is None or scale.size != 1:
+        return None
+    signed = not kind.name.startswith("U")
+    spec = spec_of(f"{'s' if signed else 'u'}{kind.bitwidth}")
+    return Encoding(spec, scale.reshape(()).astype(np.float32), zero.reshape(()).astype(np.int32))
+
+
+def label(node: ir.Node) -> str:
+    """What to call a node in a message."""
+    return name_of(node) or name_of(node.outputs[0])
