@@ -91,6 +91,31 @@ class IntegerEditor(GraphEditor):
         sums.type = ir.TensorType(ir.DataType.INT32)
         return sums
 
+    def part(
+        self, value: ir.Value, axis: int, start: int, end: int, *, before: ir.Node
+    ) -> ir.Value:
+        """A slice of codes along one axis."""
+        base = f"{name_of(value)}_{start}"
+        ends = [self._argument(base, np.array([number], np.int64)) for number in (start, end, axis)]
+        result = self.node("Slice", [value, *ends], base, None, before=before)
+        result.type = value.type
+        return result
+
+    def wide(self, sums: ir.Value, *, before: ir.Node) -> ir.Value:
+        """Sums as int64."""
+        kind = ir.DataType.INT64
+        result = self.node(
+            "Cast", [sums], f"{name_of(sums)}_wide", None, before=before, to=int(kind)
+        )
+        result.type = ir.TensorType(kind)
+        return result
+
+    def sum(self, one: ir.Value, other: ir.Value, *, before: ir.Node) -> ir.Value:
+        """The sum of two tensors of one type."""
+        result = self.node("Add", [one, other], f"{name_of(one)}_total", None, before=before)
+        result.type = one.type
+        return result
+
     def zero_point(self, number: int, codes: ir.Value) -> ir.Value:
         """A constant zero point in the type of codes."""
         dtype = np.int8 if codes.dtype is ir.DataType.INT8 else np.uint8

@@ -183,9 +183,6 @@ class NormShape:
     centred: bool
 
 
-_MEAN_BITS = 24  # of codes that a mean is taken off: 2^14 squares of them stay below 2^62
-
-
 def norm_numbers(
     norm: NormShape,
     gains: tuple[NDArray[np.int64], float],
@@ -204,7 +201,9 @@ def norm_numbers(
         ValueError: sums do not fit 62 bits.
     """
     codes, gain_scale = gains
-    bits = _MEAN_BITS if norm.centred else norm.bits
+    bits = norm.bits
+    if norm.centred:  # the mean is as fine as the sum of squares allows
+        bits = max(bits, (LIFT_BITS - 1 - norm.features.bit_length()) // 2)
     finer = 1 << (bits - norm.bits)
     floor = norm.features * Fraction(norm.epsilon) * finer**2 / Fraction(norm.scale) ** 2
     largest = (norm.features << (2 * bits)) + floor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,8 +59,9 @@ class FoldRequantize(Pass):
         DQ → Reshape, Transpose, Concat … → Q      the same operator on codes
 
     y = clamp(⌊Σ (q_x - z_x)·q_w · s_x·s_w/s_y + 1/2⌋ + z_y): -z_x·Σ q_w and the bias are one
-    constant per channel. Each byte's sums stay below 2^31, which is proved from the weights; the
-    two meet in 64 bits. 4-bit codes stay packed: a Cast unpacks them as the file is loaded.
+    constant per channel. Sums of each byte stay below 2^31, which the weights prove; where they
+    do not, features are cut into pieces whose sums meet in 64 bits, as those of the two bytes do.
+    4-bit codes stay packed: a Cast unpacks them as the file is loaded.
 
     Exact: what comes out is the exact result rounded half up, but for one in 2^30 that lies too
     close to a tie (``qnpu.compiler.integer_math``); IntMul is within 2^-8 LSB of it.
@@ -233,11 +235,25 @@ def _matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     wide = [item for item in (one, other) if item.encoding.spec.bits > 8]
     if any(item.encoding.spec.signed for item in wide) or len(wide) == 2:
         return None
-    if depth * 255 * 255 > _INT32_MAX:
-        return None
+    pieces = _pieces(np.full((depth, 1), 255))
     parts = [_bytes(editor, item, node) for item in (one, other)]
-    sums = [_product(editor, node, a, b, result) for a in parts[0] for b in parts[1]]
+    sums = [_product(editor, node, a, b, result, pieces) for a in parts[0] for b in parts[1]]
     return _summed(editor, node, sums, fixed, result, 0)
+
+
+def _pieces(weights: NDArray[Any]) -> list[tuple[int, int]]:
+    """Ranges of features over which no sum of a byte times weights can leave int32.
+
+    Args:
+        weights: greatest |code| of each, shape (features, channels).
+    """
+    features, count = len(weights), 1
+    while True:
+        edges = np.linspace(0, features, count + 1).astype(int)
+        totals = np.add.reduceat(weights, edges[:-1], axis=0)
+        if int(totals.max()) * 255 <= _INT32_MAX or count == features:
+            return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        count += 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,6 +273,28 @@ def _bytes(editor: IntegerEditor, item: CodedInput, node: ir.Node) -> list[_Byte
 
 
 def _product(
+    editor: IntegerEditor,
+    node: ir.Node,
+    a: _Bytes,
+    b: _Bytes,
+    result: CodedResult,
+    pieces: list[tuple[int, int]],
+) -> ir.Value:
+    """Sums of a product, int32; int64 where they are made of several pieces."""
+    if len(pieces) == 1:
+        return _whole_product(editor, node, a, b, result)
+    total: ir.Value | None = None
+    for start, end in pieces:
+        first = _Bytes(editor.part(a.codes, -1, start, end, before=node), a.zero_point)
+        second = _Bytes(editor.part(b.codes, -2, start, end, before=node), b.zero_point)
+        sums = editor.wide(_whole_product(editor, node, first, second, result), before=node)
+        total = sums if total is None else editor.sum(total, sums, before=node)
+    if total is None:
+        raise ValueError("no piece")
+    return total
+
+
+def _whole_product(
     editor: IntegerEditor, node: ir.Node, a: _Bytes, b: _Bytes, result: CodedResult
 ) -> ir.Value:
     zeros = [
@@ -314,8 +352,6 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     if one is None or weight is None or (one.encoding.spec.bits > 8 and one.encoding.spec.signed):
         return None
     sums = np.abs(weight.codes.astype(np.int64)).sum(axis=0)
-    if int(sums.max()) * 255 > _INT32_MAX:
-        return None
     cross = -one.zero_point * weight.codes.astype(np.int64).sum(axis=0)
     ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
     bias = weight.bias_codes(one.encoding.scale)
@@ -323,7 +359,8 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     fixed = fixed_point(ratios, bounds)
     operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
     parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
-    products = [_product(editor, node, part, _Bytes(operand, 0), result) for part in parts]
+    pieces = _pieces(np.abs(weight.codes.astype(np.int64)))
+    products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
     return _summed(editor, node, products, fixed, result, cross + bias)
 
 

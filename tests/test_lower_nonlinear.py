@@ -1,0 +1,167 @@
+"""lower-nonlinear: forms, tables and formulas against exact numbers, what it leaves alone."""
+
+from __future__ import annotations
+
+from math import erf
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qnpu.compiler.quant_types import QuantSpec
+from qnpu.passes.lower_nonlinear import LowerNonlinear
+from tests.conftest import Array, apply, parse, run_model
+from tests.integer_nodes import S8, S16, U8, U16, codes
+
+KINDS = {"uint8": U8, "int8": S8, "uint16": U16, "int16": S16}
+
+
+def around(
+    operator: str,
+    *,
+    kind: str = "uint16",
+    result: str = "uint16",
+    scale: float = 1e-3,
+    step: float = 1.0 / 65536,
+    zero: int = 20000,
+    result_zero: int = 0,
+    shape: str = "4, 30",
+    constants: str = "",
+) -> ir.Model:
+    """Codes → DequantizeLinear → operator → QuantizeLinear → codes."""
+    return parse(f"""
+        g ({kind}[{shape}] x) => ({result}[{shape}] y)
+        <float s = {{{scale}}}, {kind} z = {{{zero}}}, float t = {{{step}}},
+         {result} o = {{{result_zero}}} {constants}>
+        {{
+            real = DequantizeLinear(x, s, z)
+            h = {operator}
+            y = QuantizeLinear(h, t, o)
+        }}
+    """)
+
+
+def operators(model: ir.Model) -> list[tuple[str, str]]:
+    return [(node.domain, node.op_type) for node in model.graph]
+
+
+def lowered(model: ir.Model, given: Array) -> Array:
+    """What the integer graph gives."""
+    assert apply(LowerNonlinear(), model) == 1
+    assert apply(LowerNonlinear(), model) == 0
+    found: Array = run_model(model, {"x": given})[0]
+    return found
+
+
+def clipped(real: Array, step: float, zero: int, spec: QuantSpec) -> Array:
+    return np.clip(real / step + zero, spec.q_min, spec.q_max)
+
+
+FUNCTIONS = {
+    "Sigmoid(real)": lambda x: 1 / (1 + np.exp(-x)),
+    "Tanh(real)": np.tanh,
+    "Gelu(real)": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
+    "Exp(real)": np.exp,
+    "Relu(real)": lambda x: np.maximum(x, 0),
+}
+
+
+@pytest.mark.parametrize("operator", FUNCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("result", ["uint8", "int16"])
+def test_functions_of_one_number_are_exactly_rounded(operator: str, kind: str, result: str) -> None:
+    spec, out = KINDS[kind], KINDS[result]
+    scale, step, zero = (
+        8.0 / (1 << spec.bits),
+        4.0 / (1 << out.bits),
+        (spec.q_min + spec.q_max) // 3,
+    )
+    model = around(
+        operator, kind=kind, result=result, scale=scale, step=step, zero=zero, result_zero=7
+    )
+    given = codes(spec, 4, 30)
+    found = lowered(model, given)
+    assert operators(model) == [("qnpu", "IntLookup")]
+    real = FUNCTIONS[operator]((given.astype(np.float64) - zero) * scale)
+    expected = np.floor(clipped(np.asarray(real), step, 7, out) + 0.5)
+    np.testing.assert_array_equal(found, np.minimum(expected, out.q_max))
+
+
+def test_powers_of_negative_numbers() -> None:
+    """The exponent is what DequantizeLinear makes of its code: 3, as float32 has it."""
+    constants = ", uint16 p = {65535}, float ps = {4.5777066e-05}, uint16 pz = {0}"
+    text = "Pow(real, three)"
+    model = around(text, scale=1e-4, step=1e-3, result_zero=30000, constants=constants)
+    first = model.graph[0]
+    three = ir.node(
+        "DequantizeLinear", [model.graph.initializers[name] for name in ("p", "ps", "pz")]
+    )
+    three.outputs[0].name, three.outputs[0].type = "three", ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(first, three)
+    next(n for n in model.graph if n.op_type == "Pow").replace_input_with(1, three.outputs[0])
+    given = codes(U16, 4, 30)
+    found = lowered(model, given)
+    expected = clipped(((given.astype(np.float64) - 20000) * 1e-4) ** 3, 1e-3, 30000, U16)
+    assert np.abs(found - expected).max() < 0.51
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_softmax(axis: int) -> None:
+    model = around(f"Softmax<axis = {axis}>(real)")
+    given = codes(U16, 4, 30)
+    found = lowered(model, given)
+    assert operators(model) == [("qnpu", "IntSoftmax")]
+    real = np.exp((given.astype(np.float64) - 20000) * 1e-3)
+    real = real / real.sum(axis=axis, keepdims=True)
+    assert np.abs(found - clipped(real, 1 / 65536, 0, U16)).max() < 0.51
+
+
+@pytest.mark.parametrize("kind", ["RMSNormalization", "LayerNormalization"])
+@pytest.mark.parametrize("gains", ["same", "each its own", "none"])
+def test_norms(kind: str, gains: str) -> None:
+    generator = np.random.default_rng(0)
+    numbers = np.full(30, 2000) if gains == "same" else generator.integers(0, 3000, 30)
+    constants = f""", uint16[30] g = {{{",".join(map(str, numbers))}}}, float gs = {{0.001}},
+         uint16 gz = {{1000}}"""
+    operator = f"{kind}<axis = -1, epsilon = 0.00001>(real, gain)"
+    model = around(operator, step=1e-3, result_zero=30000, constants=constants)
+    gain = ir.node(
+        "DequantizeLinear", [model.graph.initializers[name] for name in ("g", "gs", "gz")]
+    )
+    gain.outputs[0].name, gain.outputs[0].type = "gain", ir.TensorType(ir.DataType.FLOAT)
+    gain.outputs[0].shape = ir.Shape([30])
+    model.graph.insert_before(model.graph[0], gain)
+    norm = next(n for n in model.graph if n.op_type == kind)
+    norm.replace_input_with(1, gain.outputs[0])
+    given = codes(U16, 4, 30)
+    given[1] = 20000
+    given[1, 0] = 20003  # a row near zero
+    found = lowered(model, given)
+    name = "IntRMSNorm" if kind == "RMSNormalization" else "IntLayerNorm"
+    assert operators(model) == [("qnpu", name)]
+    real = (given.astype(np.float64) - 20000) * 1e-3
+    if kind == "LayerNormalization":
+        real = real - real.mean(axis=-1, keepdims=True)
+    real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5)
+    expected = clipped(real * (numbers - 1000) * 1e-3, 1e-3, 30000, U16)
+    assert np.abs(found - expected).max() < 0.6
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Sigmoid(x) y = QuantizeLinear(h, t, o)",  # a float comes in
+        "r = DequantizeLinear(x, s, z) h = Sigmoid(r) y = Identity(h)",  # read as a float
+        "r = DequantizeLinear(x, s, z) h = Custom(r) y = QuantizeLinear(h, t, o)",
+    ],
+)
+def test_must_not_fire(body: str) -> None:
+    kind = "float" if "Sigmoid(x)" in body else "uint8"
+    out = "float" if "Identity" in body else "uint8"
+    model = parse(f"""
+        g ({kind}[4] x) => ({out}[4] y)
+        <float s = {{0.1}}, uint8 z = {{0}}, float t = {{0.1}}, uint8 o = {{0}}> {{ {body} }}
+    """)
+    before = operators(model)
+    assert apply(LowerNonlinear(), model) == 0
+    assert operators(model) == before
