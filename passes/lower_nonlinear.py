@@ -233,7 +233,9 @@ def _function_values(node: ir.Node, operand: CodedInput) -> NDArray[np.float64]:
     for value in node.inputs[1:]:
         constant = real_constant(input_operand(value)) if value is not None else None
         if value is not None and constant is not None:
-            number = float(np.float32(constant.item()))  # as DequantizeLinear: an exponent of 3 is 3
+            number = float(
+                np.float32(constant.item())
+            )  # as DequantizeLinear: an exponent of 3 is 3
             inputs[name_of(value)] = torch.tensor(number, dtype=torch.float64)
     output = name_of(node.outputs[0])
     executor = TorchExecutor([node], dtype=torch.float64)
