@@ -69,7 +69,12 @@ def exact_ratios(numerators: Iterable[ArrayLike], denominator: ArrayLike) -> lis
 
 
 def fixed_point(
-    ratios: Sequence[Fraction], bounds: Sequence[int], *, terms: int = 1, close: Fraction = CLOSE
+    ratios: Sequence[Fraction],
+    bounds: Sequence[int],
+    *,
+    terms: int = 1,
+    reach: int | None = None,
+    close: Fraction = CLOSE,
 ) -> FixedPoint:
     """Integers for ratios, as close as 64-bit sums allow.
 
@@ -77,6 +82,8 @@ def fixed_point(
         ratios: M, one or several.
         bounds: greatest |a| that each is multiplied with, LSB; as many, or one for all.
         terms: how many products are added up.
+        reach: greatest |result| that is not clipped, LSB: beyond it no closeness is needed. None
+            for all; of one term only.
         close: error before the rounding, LSB, above which a second multiplier is worth its price.
 
     Raises:
@@ -90,7 +97,7 @@ def fixed_point(
         raise ValueError(f"results of {size} bits do not fit")
     high = [round_half_up(ratio * (1 << shift)) for ratio in ratios]
     error = max(
-        bound * abs(ratio - Fraction(number, 1 << shift))
+        _relevant(ratio, bound, reach) * abs(ratio - Fraction(number, 1 << shift))
         for (ratio, bound), number in zip(pairs, high, strict=True)
     )
     shape = () if len(ratios) == 1 else (len(ratios),)
@@ -101,6 +108,13 @@ def fixed_point(
     parts = [divmod(number, 1 << fine) for number in scaled]
     whole, rest = (np.array(part, np.int64).reshape(shape) for part in zip(*parts, strict=True))
     return FixedPoint(whole, shift, rest, fine)
+
+
+def _relevant(ratio: Fraction, bound: int, reach: int | None) -> Fraction:
+    """Greatest |a| of which the result is not clipped."""
+    if reach is None or not ratio:
+        return Fraction(bound)
+    return min(Fraction(bound), (reach + 1) / abs(ratio))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

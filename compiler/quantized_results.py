@@ -39,8 +39,7 @@ class CodedInput:
     @property
     def reach(self) -> int:
         """Greatest distance of a code in use from the zero point, LSB."""
-        spec, zero = self.encoding.spec, self.zero_point
-        return max(spec.q_max - zero, zero - spec.q_min)
+        return _reach(self.encoding)
 
     @property
     def single(self) -> int | None:
@@ -85,6 +84,16 @@ class CodedResult:
     @property
     def zero_point(self) -> int:
         return int(self.encoding.zero_point)
+
+    @property
+    def reach(self) -> int:
+        """Greatest distance of a code from the zero point, LSB."""
+        return _reach(self.encoding)
+
+
+def _reach(encoding: Encoding) -> int:
+    spec, zero = encoding.spec, int(encoding.zero_point)
+    return max(spec.q_max - zero, zero - spec.q_min)
 
 
 def coded_results(value: ir.Value) -> list[CodedResult] | None:

@@ -138,7 +138,7 @@ def _move_codes(editor: IntegerEditor, node: ir.Node) -> int:
 
 def _converted(editor: IntegerEditor, before: CodedInput, result: CodedResult) -> ir.Value:
     ratios = exact_ratios([before.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [before.reach])
+    fixed = fixed_point(ratios, [before.reach], reach=result.reach)
     return _requantized(
         editor, before.codes, fixed, result, -before.zero_point, before_node=result.quantize
     )
@@ -188,7 +188,8 @@ def _multiply(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.V
         factor = other.single * Fraction(other.scale)
         return _scaled(editor, node, one, factor, result)
     ratios = exact_ratios([one.encoding.scale, other.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [one.reach * other.reach], close=_CLOSE_PRODUCT)
+    bound = one.reach * other.reach
+    fixed = fixed_point(ratios, [bound], reach=result.reach, close=_CLOSE_PRODUCT)
     if fixed.low is not None:
         return None
     zeros = one.zero_point, other.zero_point
@@ -212,7 +213,7 @@ def _scaled(
     editor: IntegerEditor, node: ir.Node, one: CodedInput, factor: Fraction, result: CodedResult
 ) -> ir.Value:
     ratio = exact_ratios([one.encoding.scale], result.encoding.scale)[0] * factor
-    fixed = fixed_point([ratio], [one.reach])
+    fixed = fixed_point([ratio], [one.reach], reach=result.reach)
     return _requantized(editor, one.codes, fixed, result, -one.zero_point, before_node=node)
 
 
@@ -231,7 +232,7 @@ def _matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     if one is None or other is None or not isinstance(depth, int):
         return None
     ratios = exact_ratios([one.encoding.scale, other.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [depth * one.reach * other.reach])
+    fixed = fixed_point(ratios, [depth * one.reach * other.reach], reach=result.reach)
     wide = [item for item in (one, other) if item.encoding.spec.bits > 8]
     if any(item.encoding.spec.signed for item in wide) or len(wide) == 2:
         return None
@@ -356,7 +357,7 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
     bias = weight.bias_codes(one.encoding.scale)
     bounds = [int(total) * one.reach + abs(int(b)) for total, b in zip(sums, bias, strict=True)]
-    fixed = fixed_point(ratios, bounds)
+    fixed = fixed_point(ratios, bounds, reach=result.reach)
     operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
     parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
     pieces = _pieces(np.abs(weight.codes.astype(np.int64)))
@@ -432,7 +433,8 @@ def _where(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Valu
 def _converted_before(
     editor: IntegerEditor, item: CodedInput, result: CodedResult, node: ir.Node
 ) -> ir.Value:
-    fixed = fixed_point(exact_ratios([item.encoding.scale], result.encoding.scale), [item.reach])
+    ratios = exact_ratios([item.encoding.scale], result.encoding.scale)
+    fixed = fixed_point(ratios, [item.reach], reach=result.reach)
     spec = result.encoding.spec
     arguments = requantize_arguments(fixed, result.zero_point, spec, -item.zero_point)
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import erf
 
 import numpy as np
@@ -57,7 +58,7 @@ def clipped(real: Array, step: float, zero: int, spec: QuantSpec) -> Array:
     return np.clip(real / step + zero, spec.q_min, spec.q_max)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "Sigmoid(real)": lambda x: 1 / (1 + np.exp(-x)),
     "Tanh(real)": np.tanh,
     "Gelu(real)": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,

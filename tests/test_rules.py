@@ -55,6 +55,7 @@ TRIGGERED_BY = {
     "QN310": "test_insert_prefix.py::test_learned_positions_leave_the_graph_alone",
     "QN311": "test_insert_prefix.py::test_same_logits_as_with_the_prefix_as_tokens",
     "QN309": "test_end_to_end_learning.py::test_a_graph_without_a_prediction_is_told",
+    "QN401": "test_fold_requantize.py::test_what_has_no_integer_form_is_told",
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",
