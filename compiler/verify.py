@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.integer_only import Fault, float_faults
 from qnpu.compiler.op_traits import (
     float_values,
     is_float,
@@ -21,9 +22,6 @@ from qnpu.compiler.rules import StageViolation
 
 _QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _MAX_FAULTS = 20
-
-Fault = tuple[str, str, str]
-"""Reason, node name, value name."""
 
 
 def verify_stage(compilation: Compilation) -> None:
@@ -150,6 +148,10 @@ def _parameters_of(node: ir.Node | None) -> tuple[bytes, ...] | None:
     return tuple(tensor.tobytes() for tensor in tensors if tensor is not None)
 
 
+def _integers_alone(compilation: Compilation) -> Iterator[Fault]:
+    yield from float_faults(compilation.model)
+
+
 Check = Callable[[Compilation], Iterator[Fault]]
 
 _CHECKS: dict[Stage, tuple[Check, ...]] = {
@@ -157,5 +159,5 @@ _CHECKS: dict[Stage, tuple[Check, ...]] = {
     Stage.PLANNED: (_no_qdq, _planned),
     Stage.ENCODED: (_no_qdq, _planned, _encoded),
     Stage.QDQ: (_every_edge_quantized, _layout_shares),
-    Stage.INTEGER: (),
+    Stage.INTEGER: (_integers_alone,),
 }
