@@ -37,6 +37,7 @@ from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.integer_io import with_real_io
+from qnpu.compiler.integer_model import INTEGER_NAME
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.pipeline import (
@@ -224,6 +225,13 @@ def _compile(
             help="Inputs and outputs are codes, or real numbers. Default: real.",
         ),
     ] = None,
+    integer: Annotated[
+        bool | None,
+        typer.Option(
+            "--integer/--no-integer",
+            help="Write model.int.onnx as well: the same on integers alone. Default: no.",
+        ),
+    ] = None,
     freeze_dim: Annotated[
         list[str] | None, typer.Option(help="NAME=SIZE or INPUT:AXIS=SIZE; may be repeated.")
     ] = None,
@@ -289,6 +297,7 @@ def _compile(
         "seed": seed,
         "mask_value": mask_value,
         "integer_io": integer_io,
+        "integer": integer,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
         "keep_inputs": tuple(keep_input) if keep_input else None,
         "eval_text": eval_text,
@@ -309,6 +318,7 @@ def _compile(
     check_emissions(settings.emit, profile)
     more = [emission(name).file for name in settings.emit] + [HANDOFF_NAME] * bool(profile.handoff)
     check_folder(out)
+    more += [INTEGER_NAME] * settings.integer
     check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", *more, REPORT_NAME])
     times: dict[str, float] = {}
 
@@ -431,8 +441,8 @@ def _more_files(
 
 # ---------------------------------------------------- qnpu-compile, of a file quantized already
 
-_FOR_QUANTIZED = ("bos", "calib", "emit", "freeze_dims", "integer_io", "keep_inputs", "seq_len",
-                  "target", "tokenizer")  # fmt: skip
+_FOR_QUANTIZED = ("bos", "calib", "emit", "freeze_dims", "integer", "integer_io", "keep_inputs",
+                  "seq_len", "target", "tokenizer")  # fmt: skip
 
 
 def _refuse_idle_options(given: dict[str, Any], target: TargetProfile, model: str) -> None:
@@ -441,7 +451,8 @@ def _refuse_idle_options(given: dict[str, Any], target: TargetProfile, model: st
     if idle:
         reason = f"has no effect: {model} is quantized already"
         raise DiagnosticError([InvalidConfig(key, reason).at(file=model) for key in idle])
-    if not (given.get("integer_io") or any(rule.legalize for rule in target.rules)):
+    asked = given.get("integer_io") or given.get("integer")
+    if not (asked or any(rule.legalize for rule in target.rules)):
         reason = "is quantized already; --target, such as qnn-htp-v75, rewrites it for an NPU"
         raise DiagnosticError(InvalidConfig("MODEL", reason).at(file=model))
 

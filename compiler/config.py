@@ -58,6 +58,7 @@ class CompileConfig:
         mask_value: constant that replaces minus infinity in attention masks, real; None: the
             target's.
         integer_io: graph inputs and outputs with an encoding are codes, not real numbers.
+        integer: write model.int.onnx as well, which computes on integers alone.
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
         eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
@@ -95,6 +96,7 @@ class CompileConfig:
     prefix: str = "none"
     mask_value: float | None = None
     integer_io: bool = False
+    integer: bool = False
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()
     eval_text: str = ""

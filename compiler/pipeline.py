@@ -21,6 +21,7 @@ from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import with_real_io
+from qnpu.compiler.integer_model import INTEGER_NAME, lower_model
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -177,6 +178,8 @@ class CompileResult:
         learning: losses that learning came to.
         unprefixed_model: the graph just before a prefix went in, None where none did; shares its
             weights.
+        integer_model: the QDQ graph on integers alone, None where it was not asked for; shares its
+            weights.
     """
 
     model: ir.Model
@@ -189,6 +192,7 @@ class CompileResult:
     legalized: list[Legalized] = field(default_factory=list)
     learning: list[LearningPoint] = field(default_factory=list)
     unprefixed_model: ir.Model | None = None
+    integer_model: ir.Model | None = None
 
 
 def compile_model(
@@ -234,6 +238,7 @@ def compile_model(
         legalized=compilation.legalized,
         learning=compilation.learning,
         unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
+        integer_model=lower_model(model) if config.integer else None,
     )
 
 
@@ -246,7 +251,8 @@ class CheckResult:
         source_error: max |Δ| of any output between the graph as loaded and the float graph the
             encodings were made for, relative to max |output|; rotated caches are turned back first,
             and a prefix is left out.
-        perplexity: ``float`` and ``qdq``; empty for a graph that is no language model.
+        perplexity: ``float``, ``qdq`` and, where there is such a graph, ``integer``; empty for a
+            graph that is no language model.
     """
 
     tensors: list[TensorComparison]
@@ -274,7 +280,10 @@ def check_result(
     source_error = _source_error(result, batch)
     perplexity: dict[str, Perplexity] = {}
     if evaluation and any(value.name == LOGITS for value in result.model.graph.outputs):
-        for label, model in (("float", result.float_model), ("qdq", qdq_model)):
+        models = {"float": result.float_model, "qdq": qdq_model}
+        if result.integer_model is not None:
+            models["integer"] = with_real_io(result.integer_model)
+        for label, model in models.items():
             perplexity[label] = stream_perplexity(
                 model, evaluation, logits_name=LOGITS, progress=progress, label=f"evaluate {label}"
             )
@@ -319,7 +328,7 @@ def write_result(
     about: dict[str, object],
     more: Mapping[str, Writer] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """Writes model.qdq.onnx, bit_plan.json, encodings.json, more and report.json, all or none.
+    """Writes the graphs, encodings.json, bit_plan.json, more and report.json, all or none.
 
     Args:
         folder: where to.
@@ -362,6 +371,8 @@ class Rewritten(Protocol):
     def rewrites(self) -> dict[str, int]: ...
     @property
     def legalized(self) -> list[Legalized]: ...
+    @property
+    def integer_model(self) -> ir.Model | None: ...
 
 
 def write_files(
@@ -371,9 +382,17 @@ def write_files(
     about: dict[str, object],
     more: Mapping[str, Writer],
 ) -> dict[str, object]:
-    """Writes model.qdq.onnx, encodings.json, more and report.json: see ``write_result``."""
+    """Writes model.qdq.onnx, model.int.onnx where there is one, encodings.json, more, report.json.
+
+    See ``write_result``.
+    """
+    integer_model = result.integer_model
+    integer: dict[str, Writer] = {}
+    if integer_model is not None:
+        integer[INTEGER_NAME] = lambda path: save_model(integer_model, path)
     writers: dict[str, Writer] = {
         MODEL_NAME: lambda path: save_model(result.model, path),
+        **integer,
         ENCODINGS_NAME: lambda path: write_json(handout.encodings.to_json(), path),
         **more,
     }

@@ -16,6 +16,7 @@ from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import with_real_io
+from qnpu.compiler.integer_model import lower_model
 from qnpu.compiler.output import Writer
 from qnpu.compiler.pass_base import Compilation, Legalized, Pass, run_passes
 from qnpu.compiler.pipeline import write_files
@@ -55,6 +56,7 @@ class LegalizeResult:
         diagnostics, rewrites, legalized: as in ``CompileResult``.
         before, after: verdict of the target → how many nodes.
         changes: of each output.
+        integer_model: as in ``CompileResult``.
     """
 
     model: ir.Model
@@ -64,6 +66,7 @@ class LegalizeResult:
     before: dict[str, int]
     after: dict[str, int]
     changes: list[OutputChange]
+    integer_model: ir.Model | None = None
 
 
 def legalize_model(
@@ -73,7 +76,7 @@ def legalize_model(
 
     Args:
         model: from any quantizer; changed in place.
-        config: of it, shapes, target and ``integer_io`` count.
+        config: of it, shapes, target, ``integer_io`` and ``integer`` count.
         feeds: one batch for the graph once its shapes are fixed.
 
     Raises:
@@ -95,6 +98,7 @@ def legalize_model(
         before=before,
         after=_verdicts(model, compilation.target),
         changes=_output_changes(source, with_real_io(model), feeds(source.graph)),
+        integer_model=lower_model(model) if config.integer else None,
     )
 
 
@@ -105,7 +109,7 @@ def write_legalized(
     about: dict[str, object],
     more: Mapping[str, Writer] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """Writes model.qdq.onnx, encodings.json, more and report.json: as a compile does."""
+    """Writes the graphs, encodings.json, more and report.json: as a compile does."""
     found: dict[str, object] = {
         "verdicts": {"before": result.before, "after": result.after},
         "changes": [asdict(change) for change in result.changes],

@@ -47,6 +47,7 @@ FORBIDDEN = {
 MAY_IMPORT_PASSES = {
     "qnpu.compiler.pipeline",
     "qnpu.compiler.quantized_model",
+    "qnpu.compiler.integer_model",
     "qnpu.compiler.cli",
 }
 MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli", "qnpu.compiler.cli_check"}
