@@ -266,6 +266,8 @@ class _Widths:
                 self._narrow_sources(producer, list(producer.inputs).index(value)) for value in tied
             )
         bits = self._scheme.kv_bits
+        if operand.is_graph_input() and self.bits(operand) <= bits:
+            return 0  # a cache that comes in: wide only by what it is joined to, narrowed as well
         count = self._narrow(node, index, bits)
         narrow = self._made.get((operand, bits))
         if narrow is not None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from qnpu.compiler.caches import PAST_PREFIXES
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import dynamic_dimensions
 from qnpu.compiler.graph_edit import name_of, register_tensor, static_shape
@@ -20,7 +21,6 @@ from qnpu.compiler.rules import InputBound, InvalidConfig
 
 _BATCH_NAMES = frozenset({"batch", "batch_size"})
 _TOKEN_INPUTS = frozenset({"input_ids", "inputs_embeds", "position_ids", "token_type_ids"})
-_PAST_PREFIXES = ("past_key_values.", "past_key_", "past_value_")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FreezeShapes(Pass):
     def _past_length(self, graph: ir.Graph) -> int:
         """Tokens in the caches that come in."""
         for value in graph.inputs:
-            if name_of(value).startswith(_PAST_PREFIXES) and value.shape and len(value.shape) > 2:
+            if name_of(value).startswith(PAST_PREFIXES) and value.shape and len(value.shape) > 2:
                 dim = value.shape[2]
                 known = [dim] if isinstance(dim, int) else []
                 known += [self.dims[k] for k in (f"{value.name}:2", str(dim)) if k in self.dims]
@@ -131,7 +131,7 @@ class FreezeShapes(Pass):
                 sizes |= {f"{name}:0": 1, f"{name}:1": self.sequence_length}
             elif name == "attention_mask":
                 sizes |= {f"{name}:0": 1, f"{name}:1": total}
-            elif name.startswith(_PAST_PREFIXES):
+            elif name.startswith(PAST_PREFIXES):
                 sizes |= {f"{name}:0": 1, f"{name}:2": past}
         return sizes
 

@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.caches import is_past, past_length
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
+from qnpu.compiler.op_traits import is_float
 from qnpu.compiler.rules import CalibrationMismatch, NoCalibrationData
 from qnpu.runtime_check.session import Array, Feeds
 
@@ -51,7 +53,8 @@ class TokenWindows:
 
     Attributes:
         windows: int64, shape (windows, tokens). Other usual inputs follow from it: a mask of ones,
-            positions from zero, token types of zero.
+            positions from zero, token types of zero. Nothing comes before a window: caches of
+            earlier tokens are zeros, which the mask leaves out.
     """
 
     windows: NDArray[np.int64]
@@ -60,31 +63,38 @@ class TokenWindows:
         """See ``FeedSource``; each window is one run of batch size 1."""
         by_name: list[tuple[str, ir.Value, NDArray[Any]]] = []
         faults: list[Diagnostic] = []
-        count, tokens = self.windows.shape
+        past = past_length(inputs)
+        masked = any(name_of(value) == "attention_mask" for value in inputs)
+        caches: Feeds = {}
         for value in inputs:
-            name = name_of(value)
-            rows = self._rows(name)
-            if rows is None:
+            name, shape = name_of(value), static_shape(value)
+            rows = self._rows(name, past)
+            if is_past(value) and is_float(value) and shape is not None and masked:
+                caches[name] = np.zeros(shape, _dtype(value))  # one array for all windows
+            elif rows is None:
                 reason = f"text gives token ids; input `{name}` wants something else"
+                if is_past(value) and not masked:
+                    reason = f"no attention_mask leaves out what text does not give, `{name}`"
                 faults.append(NoCalibrationData(reason).at(value=name))
-            elif static_shape(value) != (1, tokens):
-                reason = f"windows are (1, {tokens}), the graph takes {value.shape}"
+            elif shape != (1, rows.shape[1]):
+                reason = f"windows are (1, {rows.shape[1]}), the graph takes {value.shape}"
                 faults.append(CalibrationMismatch(name, reason).at(value=name))
             else:
                 by_name.append((name, value, rows))
         if faults:
             raise DiagnosticError(faults)
         return [
-            {name: row[i : i + 1].astype(_dtype(value)) for name, value, row in by_name}
-            for i in range(count)
+            {name: row[i : i + 1].astype(_dtype(value)) for name, value, row in by_name} | caches
+            for i in range(len(self.windows))
         ]
 
-    def _rows(self, name: str) -> NDArray[np.int64] | None:
+    def _rows(self, name: str, past: int) -> NDArray[np.int64] | None:
         match name:
             case "input_ids":
                 return self.windows
             case "attention_mask":
-                return np.ones_like(self.windows)
+                left_out = np.zeros((len(self.windows), past), np.int64)
+                return np.concatenate([left_out, np.ones_like(self.windows)], axis=1)
             case "position_ids":
                 return np.broadcast_to(np.arange(self.windows.shape[1]), self.windows.shape)
             case "token_type_ids":

@@ -17,6 +17,7 @@ from qnpu.compiler.op_traits import (
     FIXED_RANGES,
     Linear,
     as_linear,
+    encoding_groups,
     is_float,
     is_layout_copy,
     is_standard,
@@ -78,10 +79,14 @@ def encode_missing(
         if name_of(value) in plan and name_of(value) not in table and not is_layout_copy(value)
     }
     make = _observers(compilation, method)
+    silent: list[str] = []
     for value in graph.inputs:
         name = name_of(value)
         if name in plan and name not in table:
-            _encode_input(name, make(name), batches, compilation)
+            if any(feeds[name].any() for feeds in batches):
+                _encode_input(name, make(name), batches, compilation)
+            else:
+                silent.append(name)
     observers: dict[str, Observer] = {}
     total = len(runner.segments) * len(batches)
     for done, step in enumerate(runner.stream(wanted), start=1):
@@ -94,6 +99,7 @@ def encode_missing(
                 _encode(name, observer, compilation)
             observers.clear()
         progress(label, done / total)
+    _encode_silent(silent, compilation)
     progress(label, 1.0)
     return [name for name in table if name not in before]
 
@@ -117,6 +123,23 @@ def _encode_input(
     for feeds in batches:
         observer.look(feeds[name])
     _encode(name, observer, compilation)
+
+
+def _encode_silent(names: list[str], compilation: Compilation) -> None:
+    """Inputs that are zero in all data: as what layout operators join them to, if anything.
+
+    Zeros say nothing of a range, and one made up for them would be unified with a measured one.
+    """
+    table, remaining = compilation.encodings, dict.fromkeys(names)
+    for group in encoding_groups(compilation.graph) if names else []:
+        members = [name_of(value) for value in group]
+        known = next((table[name] for name in members if name in table), None)
+        for name in members:
+            if name in remaining and known is not None:
+                table[name] = known
+                del remaining[name]
+    for name in remaining:
+        table[name] = Encoding.from_range(compilation.bit_plan[name], 0.0, 0.0)
 
 
 def _rotated_inputs(model: ir.Model) -> set[str]:

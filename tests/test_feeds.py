@@ -92,3 +92,28 @@ def test_arrays_that_do_not_fit(arrays: dict[str, Array], expected: list[str]) -
 def test_a_scalar_input_has_no_sample_axis() -> None:
     text = "g (float x) => (float y) { y = Neg(x) }"
     assert faults(ArraySamples({"x": normal(3)}), text) == [("QN301", "x")]
+
+
+CACHED = """
+    g (int64[1, 3] input_ids, int64[1, 5] attention_mask, int64[1, 3] position_ids,
+       float[1, 1, 2, 4] past_key_0) => (int64[1, 3] y) { y = Identity(input_ids) }
+"""
+
+
+def test_nothing_comes_before_a_window() -> None:
+    """A cache is zeros, which the mask leaves out; positions count from zero all the same."""
+    first, second = WINDOWS.feeds(parse(CACHED).graph.inputs)
+    assert first["attention_mask"].tolist() == [[0, 0, 1, 1, 1]]
+    assert first["position_ids"].tolist() == [[0, 1, 2]]
+    past = first["past_key_0"]
+    assert past.shape == (1, 1, 2, 4)
+    assert past.dtype == np.float32
+    assert not past.any()
+    assert second["past_key_0"] is past
+
+
+def test_a_cache_that_no_mask_leaves_out() -> None:
+    text = CACHED.replace("int64[1, 5] attention_mask, ", "")
+    assert faults(WINDOWS, text) == [("QN305", "past_key_0")]
+    short = CACHED.replace("[1, 5]", "[1, 3]")
+    assert faults(WINDOWS, short) == [("QN301", "attention_mask")]
