@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.measured import Bench, Texts
+from bench.measured import RESULTS, Bench, Texts
 
 _START = ("--scheme", "w4a8", "--recipe", "paper", "--promote", "0")
 LADDER = {
@@ -41,7 +41,7 @@ def main(
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "none",
     steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 64,
     weights: Annotated[str, typer.Option(help="nearest, as in the paper, or gptq.")] = "nearest",
-    folder: Annotated[Path, typer.Option(help="For results.")] = Path("ablation-out"),
+    folder: Annotated[Path, typer.Option(help="For results.")] = RESULTS,
 ) -> None:
     """Climb the ladder, print each step."""
     console = Console(soft_wrap=True)

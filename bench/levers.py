@@ -2,9 +2,10 @@
 
     python -m bench.levers --model model.onnx --calib wiki.valid.tokens \\
         --text wiki.test.raw --other tinyshakespeare.txt
-    python -m bench.levers … --only W4A4        # rows whose name holds this; others from the folder
+    python -m bench.levers … --only W4A4 --seeds 0,1,2      # rows whose name holds this
 
-Rows that were measured before are read from the folder, so that it can be run bit by bit.
+Rows that were measured before, whatever their seed, are read from bench/results, so that it can be
+run bit by bit.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.measured import Bench, Measured, Texts
+from bench.measured import RESULTS, Bench, Measured, Texts
 
 _HERE = Path(__file__).parent
+_SEEDS = 10
 
 
 def main(
@@ -30,19 +32,20 @@ def main(
     other_windows: Annotated[int, typer.Option(help="Of the other text.")] = 8,
     bos: Annotated[str, typer.Option(help="As for qnpu-compile.")] = "none",
     rows: Annotated[Path, typer.Option(help="TOML file of rows.")] = _HERE / "levers.toml",
-    folder: Annotated[Path, typer.Option(help="For results.")] = Path("levers-out"),
+    folder: Annotated[Path, typer.Option(help="For results.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Table to write.")] = _HERE / "levers.md",
     only: Annotated[str, typer.Option(help="Measure rows whose name holds this.")] = "",
-    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
+    seeds: Annotated[str, typer.Option(help="0 to 9, separated by commas.")] = "0",
 ) -> None:
     """Measure what is missing, then write the table of all that is there."""
     console = Console(soft_wrap=True)
     bench = Bench(Texts(model, calib, text, other, windows, other_windows, bos), folder)
     found: list[tuple[str, int, Measured]] = []
     for row in tomllib.loads(rows.read_text("utf-8"))["rows"]:
-        for seed in map(int, seeds.split(",")):
+        asked = set(map(int, seeds.split(","))) if only in row["name"] else set()
+        for seed in range(_SEEDS):
             options = [*row["options"], *(["--seed", str(seed)] if seed else [])]
-            if only not in row["name"] and not bench.is_done(options):
+            if seed not in asked and not bench.is_done(options):
                 continue
             console.print(f"{row['name']}, seed {seed}")
             found.append((row["name"], seed, bench.measure(options)))

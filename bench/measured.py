@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 _COMMANDS = Path(sys.executable).parent
+RESULTS = Path(__file__).parent / "results"
+"""What was measured before, a small file for each row: delete one to measure it again."""
 
 
 def run_command(command: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Bench:
 
     Args:
         texts: what to run on.
-        folder: for results and compiled files.
+        folder: for results, a small file each; they are told apart by options and names of files.
     """
 
     def __init__(self, texts: Texts, folder: Path) -> None:
@@ -81,42 +83,42 @@ class Bench:
 
     def measure(self, options: Sequence[str]) -> Measured:
         """Compiles with options, and evaluates on both texts."""
-        texts, out = self._texts, self._folder / f"out-{os.getpid()}"  # several may run at once
-        command = ["qnpu-compile", texts.model, *options, "--calib", texts.calib]
-        command += ["--eval-text", texts.text, "--eval-windows", str(texts.windows)]
-        command += ["--bos", texts.bos, "--out", str(out), "--json"]
-        done = self._once(command)
-        floats = [self._perplexity(texts.model, text) for text in (texts.text, texts.other)]
-        other = done["other"]
+        texts = self._texts
+        floats = [self._float_perplexity(text) for text in (texts.text, texts.other)]
+        done = self._once(options, lambda: self._compile(options))
         return Measured(
-            text=done["perplexity"]["qdq"] / floats[0],
-            other=other / floats[1],
-            seconds=done["seconds"]["compile"],
+            text=done["perplexity"] / floats[0],
+            other=done["other"] / floats[1],
+            seconds=done["seconds"],
             gib=done["peak_rss_bytes"] / 2**30,
             command=" ".join(["qnpu-compile", "model.onnx", *options]),
         )
 
     def is_done(self, options: Sequence[str]) -> bool:
         """The row is in the folder."""
-        return self._file([*options, repr(self._texts)]).exists()
+        return self._file(options).exists()
 
-    def _once(self, command: list[str]) -> dict[str, Any]:
-        options = command[2 : command.index("--calib")]
-        file = self._file([*options, repr(self._texts)])
-        if not file.exists():
-            result = run_command(command)
-            result["other"] = self._evaluate(result["out"] + "/model.qdq.onnx", self._texts.other)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result, indent=1), "utf-8")
-        loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        return loaded
+    def _compile(self, options: Sequence[str]) -> dict[str, Any]:
+        texts = self._texts
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["qnpu-compile", texts.model, *options, "--calib", texts.calib]
+            command += ["--eval-text", texts.text, "--eval-windows", str(texts.windows)]
+            command += ["--bos", texts.bos, "--out", f"{folder}/out", "--json"]
+            done = run_command(command)
+            other = self._evaluate(f"{folder}/out/model.qdq.onnx", texts.other)
+        return {
+            "perplexity": done["perplexity"]["qdq"],
+            "other": other,
+            "seconds": done["seconds"]["compile"],
+            "peak_rss_bytes": done["peak_rss_bytes"],
+        }
 
-    def _perplexity(self, model: str, text: str) -> float:
-        file = self._file([model, text, repr(self._texts)])
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"perplexity": self._evaluate(model, text)}), "utf-8")
-        return float(json.loads(file.read_text("utf-8"))["perplexity"])
+    def _float_perplexity(self, text: str) -> float:
+        name = Path(text).name
+        done = self._once(
+            ["float", name], lambda: {"perplexity": self._evaluate(self._texts.model, text)}
+        )
+        return float(done["perplexity"])
 
     def _evaluate(self, model: str, text: str) -> float:
         texts = self._texts
@@ -126,6 +128,23 @@ class Bench:
         done = run_command([*command, "--bos", texts.bos, "--tokenizer", tokenizer, "--json"])
         return float(done["perplexity"])
 
+    def _once(self, words: Sequence[str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = self._file(words)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            measured = {"options": list(words), "on": self._names()} | work()
+            file.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+        loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return loaded
+
+    def _names(self) -> dict[str, object]:
+        """What rows are measured on, without folders."""
+        found = asdict(self._texts)
+        return {k: Path(v).name if k in _FILES else v for k, v in found.items()}
+
     def _file(self, words: Sequence[str]) -> Path:
-        key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
-        return self._folder / f"{key}.json"
+        key = json.dumps([*words, self._names()])
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+_FILES = ("model", "calib", "text", "other")
