@@ -86,11 +86,16 @@ def split_arguments() -> Arguments:
     return {"eight": np.array(8, np.uint32)}
 
 
+def join_arguments() -> Arguments:
+    """Of IntJoin."""
+    return {"radix": np.array(256, np.int32)}
+
+
 def softmax_arguments(
     numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:
     """Of IntSoftmax along one axis."""
-    lifted = 1 << 16  # vanishes in the cast
+    lifted = 1 << spec.bits  # vanishes in the cast
     start = (1 << (numbers.shift - 1)) + ((lifted + zero_point) << numbers.shift)
     return {
         "exponentials": numbers.exponentials,

@@ -98,6 +98,12 @@ def IntSplit(x, eight):
 
 
 @script(QNPU, default_opset=op)
+def IntJoin(high, low, radix):
+    """Sums of 16-bit codes from those of their bytes: y = radix·high + low, int32."""
+    return high * radix + low
+
+
+@script(QNPU, default_opset=op)
 def IntLookup(x, table):
     """y = table[x]; of signed codes the negative ones count from the table's end."""
     return op.Gather(table, op.Cast(x, to=_INT32))
@@ -198,6 +204,7 @@ _BODIES = (
     IntAddFine,
     IntMul,
     IntSplit,
+    IntJoin,
     IntLookup,
     IntWhere,
     IntSoftmax,

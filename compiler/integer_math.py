@@ -5,7 +5,7 @@ One rounding everywhere, half up, once, at the end (quantnpu.md §6)::
     y = clamp(⌊Σ_i a_i · M_i + 1/2⌋ + z),  M_i = s_i / s_y, the exact ratio of scales
       = clamp(((Σ_i a_i · m_i + 2^(shift-1)) >> shift) + z),  m_i = round(M_i · 2^shift)
 
-where a_i · m_i stays within 61 bits. That may leave too few bits behind the point; the rest of
+where Σ a·m stays within 62 bits. That may leave too few bits behind the point; the rest of
 each ratio is then a second multiplier, M ≈ (m + m₂ · 2^-fine) · 2^-shift. As Σ a·m is a whole
 number, the nested shift rounds nothing twice::
 
@@ -22,15 +22,15 @@ from math import isqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qnpu.compiler.quant_types import Encoding, QuantSpec
+
 LIFT_BITS = 62
 """2^62 is added to sums before a logical shift: none is negative then."""
-_SUM_BITS = 61
-_MOST_SHIFT = LIFT_BITS - 16  # what is left of 2^62 vanishes in a cast to 16 bits or fewer
 _MOST_FINE = 30
 
-CLOSE = Fraction(1, 1 << 30)
+CLOSE = Fraction(1, 1 << 28)
 """Error, LSB, that a requantization may have before its rounding and still be called exact: of
-2^30 results one may fall to the other side of a tie."""
+2^28 results one may fall to the other side of a tie."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +71,9 @@ def exact_ratios(numerators: Iterable[ArrayLike], denominator: ArrayLike) -> lis
 def fixed_point(
     ratios: Sequence[Fraction],
     bounds: Sequence[int],
+    result: Encoding,
     *,
     terms: int = 1,
-    reach: int | None = None,
     close: Fraction = CLOSE,
 ) -> FixedPoint:
     """Integers for ratios, as close as 64-bit sums allow.
@@ -81,9 +81,8 @@ def fixed_point(
     Args:
         ratios: M, one or several.
         bounds: greatest |a| that each is multiplied with, LSB; as many, or one for all.
+        result: encoding of the result; where that is clipped no closeness is needed.
         terms: how many products are added up.
-        reach: greatest |result| that is not clipped, LSB: beyond it no closeness is needed. None
-            for all; of one term only.
         close: error before the rounding, LSB, above which a second multiplier is worth its price.
 
     Raises:
@@ -92,9 +91,10 @@ def fixed_point(
     pairs = [(ratio, bounds[index % len(bounds)]) for index, ratio in enumerate(ratios)]
     largest = max(abs(ratio) * bound for ratio, bound in pairs) * terms
     size = (largest.numerator // largest.denominator).bit_length()
-    shift = min(_MOST_SHIFT, _SUM_BITS - size)
+    shift = min(most_shift(result.spec), _sum_bits(result.spec) - size)
     if shift < 1:
         raise ValueError(f"results of {size} bits do not fit")
+    reach = result.reach if terms == 1 else None
     high = [round_half_up(ratio * (1 << shift)) for ratio in ratios]
     error = max(
         _relevant(ratio, bound, reach) * abs(ratio - Fraction(number, 1 << shift))
@@ -103,11 +103,21 @@ def fixed_point(
     shape = () if len(ratios) == 1 else (len(ratios),)
     if error * terms <= close:
         return FixedPoint(np.array(high, np.int64).reshape(shape), shift)
-    fine = min(_MOST_FINE, _SUM_BITS - (max(bounds) * terms).bit_length())
+    fine = min(_MOST_FINE, LIFT_BITS - 1 - (max(bounds) * terms).bit_length())
     scaled = [round_half_up(ratio * (1 << (shift + fine))) for ratio in ratios]
     parts = [divmod(number, 1 << fine) for number in scaled]
     whole, rest = (np.array(part, np.int64).reshape(shape) for part in zip(*parts, strict=True))
     return FixedPoint(whole, shift, rest, fine)
+
+
+def most_shift(spec: QuantSpec) -> int:
+    """Bits behind the point, so that what is left of 2^62 vanishes in the cast to codes."""
+    return LIFT_BITS - spec.bits
+
+
+def _sum_bits(spec: QuantSpec) -> int:
+    """Bits of a sum: with 2^62 and a zero point added it is neither negative nor beyond 2^64."""
+    return LIFT_BITS - int(spec.signed)
 
 
 def _relevant(ratio: Fraction, bound: int, reach: int | None) -> Fraction:
@@ -135,19 +145,19 @@ class SoftmaxNumbers:
 _EXPONENT_BITS = 28  # a row of 2^12 codes still leaves its reciprocal 21 bits
 
 
-def softmax_numbers(scale: float, bits: int, result_scale: float) -> SoftmaxNumbers:
+def softmax_numbers(scale: float, bits: int, result: Encoding) -> SoftmaxNumbers:
     """Numbers of a softmax.
 
     Args:
         scale: s_x, real units per LSB of what comes in.
         bits: of what comes in.
-        result_scale: s_y.
+        result: encoding of what comes out.
     """
     distances = np.arange(1 << bits, dtype=np.float64)
     exponentials = np.rint(np.exp(-scale * distances) * (1 << _EXPONENT_BITS)).astype(np.int64)
-    step = 1 / Fraction(result_scale)
+    step = 1 / Fraction(float(result.scale))
     size = (step.numerator // step.denominator).bit_length()
-    shift = min(_MOST_SHIFT, LIFT_BITS - 1 - size)
+    shift = min(most_shift(result.spec) - 1, LIFT_BITS - 1 - size)
     whole = step * (1 << shift)
     return SoftmaxNumbers(exponentials, whole.numerator // whole.denominator, shift)
 
@@ -200,7 +210,7 @@ class NormShape:
 def norm_numbers(
     norm: NormShape,
     gains: tuple[NDArray[np.int64], float],
-    result_scale: float,
+    result: Encoding,
     bias: NDArray[np.float64] | None = None,
 ) -> NormNumbers:
     """Numbers of a norm.
@@ -208,7 +218,7 @@ def norm_numbers(
     Args:
         norm: its shape.
         gains: codes less their zero point, and their scale.
-        result_scale: s_y.
+        result: encoding of what comes out.
         bias: real.
 
     Raises:
@@ -225,18 +235,19 @@ def norm_numbers(
     if half < 0:
         raise ValueError(f"{norm.features} squares of {bits} bits do not fit")
     root = Fraction(isqrt(norm.features << 64), 1 << 32)
-    ratio = root * Fraction(gain_scale) / Fraction(result_scale)
-    result = ratio * max(1, int(np.abs(codes).max()))
+    step = Fraction(float(result.scale))
+    ratio = root * Fraction(gain_scale) / step
+    largest = ratio * max(1, int(np.abs(codes).max()))
     shift = min(
-        _MOST_SHIFT,
-        _SUM_BITS - 1 - (result.numerator // result.denominator).bit_length(),
+        most_shift(result.spec),
+        LIFT_BITS - 2 - (largest.numerator // largest.denominator).bit_length(),
         LIFT_BITS - 1 - half - (ratio.numerator // ratio.denominator).bit_length(),
     )
     if shift < 1:
         raise ValueError("results do not fit")
     offsets = np.zeros((), np.int64)
     if bias is not None:
-        offsets = np.rint(bias / result_scale * (1 << shift)).astype(np.int64)
+        offsets = np.rint(bias / float(step) * (1 << shift)).astype(np.int64)
     return NormNumbers(
         gain=codes,
         bias=offsets,

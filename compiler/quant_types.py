@@ -114,6 +114,12 @@ class Encoding:
         if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError("scale must be finite and positive")
 
+    @property
+    def reach(self) -> int:
+        """Greatest distance of a code in use from its zero point, LSB."""
+        zero = self.zero_point
+        return int(np.maximum(self.spec.q_max - zero, zero - self.spec.q_min).max())
+
     @classmethod
     def from_range(
         cls, spec: QuantSpec, low: float | FloatArray, high: float | FloatArray

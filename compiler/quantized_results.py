@@ -39,7 +39,7 @@ class CodedInput:
     @property
     def reach(self) -> int:
         """Greatest distance of a code in use from the zero point, LSB."""
-        return _reach(self.encoding)
+        return self.encoding.reach
 
     @property
     def single(self) -> int | None:
@@ -84,16 +84,6 @@ class CodedResult:
     @property
     def zero_point(self) -> int:
         return int(self.encoding.zero_point)
-
-    @property
-    def reach(self) -> int:
-        """Greatest distance of a code from the zero point, LSB."""
-        return _reach(self.encoding)
-
-
-def _reach(encoding: Encoding) -> int:
-    spec, zero = encoding.spec, int(encoding.zero_point)
-    return max(spec.q_max - zero, zero - spec.q_min)
 
 
 def coded_results(value: ir.Value) -> list[CodedResult] | None:

@@ -18,6 +18,7 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.integer_arguments import (
     Arguments,
     add_arguments,
+    join_arguments,
     multiply_arguments,
     requantize_arguments,
     split_arguments,
@@ -138,7 +139,7 @@ def _move_codes(editor: IntegerEditor, node: ir.Node) -> int:
 
 def _converted(editor: IntegerEditor, before: CodedInput, result: CodedResult) -> ir.Value:
     ratios = exact_ratios([before.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [before.reach], reach=result.reach)
+    fixed = fixed_point(ratios, [before.reach], result.encoding)
     return _requantized(
         editor, before.codes, fixed, result, -before.zero_point, before_node=result.quantize
     )
@@ -167,7 +168,9 @@ def _add(
     ratios = [
         exact_ratios([item.encoding.scale], result.encoding.scale)[0] for item in (one, other)
     ]
-    fixed = fixed_point([ratios[0], sign * ratios[1]], [one.reach, other.reach], terms=2)
+    fixed = fixed_point(
+        [ratios[0], sign * ratios[1]], [one.reach, other.reach], result.encoding, terms=2
+    )
     zeros = one.zero_point, other.zero_point
     arguments = add_arguments(fixed, zeros, result.zero_point, result.encoding.spec)
     function = "IntAdd" if fixed.low is None else "IntAddFine"
@@ -189,7 +192,7 @@ def _multiply(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.V
         return _scaled(editor, node, one, factor, result)
     ratios = exact_ratios([one.encoding.scale, other.encoding.scale], result.encoding.scale)
     bound = one.reach * other.reach
-    fixed = fixed_point(ratios, [bound], reach=result.reach, close=_CLOSE_PRODUCT)
+    fixed = fixed_point(ratios, [bound], result.encoding, close=_CLOSE_PRODUCT)
     if fixed.low is not None:
         return None
     zeros = one.zero_point, other.zero_point
@@ -213,7 +216,7 @@ def _scaled(
     editor: IntegerEditor, node: ir.Node, one: CodedInput, factor: Fraction, result: CodedResult
 ) -> ir.Value:
     ratio = exact_ratios([one.encoding.scale], result.encoding.scale)[0] * factor
-    fixed = fixed_point([ratio], [one.reach], reach=result.reach)
+    fixed = fixed_point([ratio], [one.reach], result.encoding)
     return _requantized(editor, one.codes, fixed, result, -one.zero_point, before_node=node)
 
 
@@ -232,14 +235,14 @@ def _matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     if one is None or other is None or not isinstance(depth, int):
         return None
     ratios = exact_ratios([one.encoding.scale, other.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [depth * one.reach * other.reach], reach=result.reach)
+    fixed = fixed_point(ratios, [depth * one.reach * other.reach], result.encoding)
     wide = [item for item in (one, other) if item.encoding.spec.bits > 8]
     if any(item.encoding.spec.signed for item in wide) or len(wide) == 2:
         return None
     pieces = _pieces(np.full((depth, 1), 255))
     parts = [_bytes(editor, item, node) for item in (one, other)]
     sums = [_product(editor, node, a, b, result, pieces) for a in parts[0] for b in parts[1]]
-    return _summed(editor, node, sums, fixed, result, 0)
+    return _summed(editor, node, sums, fixed, result, 0, depth * one.reach * other.reach)
 
 
 def _pieces(weights: NDArray[Any]) -> list[tuple[int, int]]:
@@ -315,8 +318,18 @@ def _summed(
     fixed: FixedPoint,
     result: CodedResult,
     addend: NDArray[Any] | int,
+    bound: int,
 ) -> ir.Value:
-    """Codes of one accumulator, or of those of a high and a low byte."""
+    """Codes of one accumulator, or of those of a high and a low byte.
+
+    Args:
+        bound: greatest |sum| as the products give it, LSB.
+    """
+    if len(sums) == 2 and bound <= _INT32_MAX:
+        like = ir.Value(
+            name=f"{name_of(result.codes)}_sums", type=sums[0].type, shape=result.codes.shape
+        )
+        sums = [editor.call("IntJoin", sums, join_arguments(), like, before=node)]
     if len(sums) == 1:
         return _requantized(editor, sums[0], fixed, result, addend, before_node=node)
     arguments = _of_bytes(
@@ -357,12 +370,13 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
     bias = weight.bias_codes(one.encoding.scale)
     bounds = [int(total) * one.reach + abs(int(b)) for total, b in zip(sums, bias, strict=True)]
-    fixed = fixed_point(ratios, bounds, reach=result.reach)
+    fixed = fixed_point(ratios, bounds, result.encoding)
     operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
     parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
     pieces = _pieces(np.abs(weight.codes.astype(np.int64)))
     products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
-    return _summed(editor, node, products, fixed, result, cross + bias)
+    largest = int(sums.max()) * one.encoding.spec.q_max
+    return _summed(editor, node, products, fixed, result, cross + bias, largest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -434,7 +448,7 @@ def _converted_before(
     editor: IntegerEditor, item: CodedInput, result: CodedResult, node: ir.Node
 ) -> ir.Value:
     ratios = exact_ratios([item.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [item.reach], reach=result.reach)
+    fixed = fixed_point(ratios, [item.reach], result.encoding)
     spec = result.encoding.spec
     arguments = requantize_arguments(fixed, result.zero_point, spec, -item.zero_point)
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"

@@ -125,7 +125,7 @@ def _softmax(
     editor: IntegerEditor, node: ir.Node, operand: CodedInput, result: CodedResult
 ) -> ir.Value:
     spec = result.encoding.spec
-    numbers = softmax_numbers(operand.scale, operand.encoding.spec.bits, result.scale)
+    numbers = softmax_numbers(operand.scale, operand.encoding.spec.bits, result.encoding)
     axis = node.attributes.get_int("axis", -1)
     arguments = softmax_arguments(numbers, axis, result.zero_point, spec)
     return editor.call("IntSoftmax", [operand.codes], arguments, result.codes, before=node)
@@ -144,7 +144,7 @@ def _rms_norm(
         epsilon=node.attributes.get_float("epsilon", 1e-5),
         centred=False,
     )
-    numbers = norm_numbers(norm, gains, result.scale)
+    numbers = norm_numbers(norm, gains, result.encoding)
     arguments = norm_arguments(
         numbers, axes[0], result.zero_point, result.encoding.spec, zero=operand.zero_point
     )
@@ -169,7 +169,7 @@ def _layer_norm(
         epsilon=node.attributes.get_float("epsilon", 1e-5),
         centred=True,
     )
-    numbers = norm_numbers(norm, gains, result.scale, bias)
+    numbers = norm_numbers(norm, gains, result.encoding, bias)
     more = {"finer": numbers.finer, "size": axes[1], "half": axes[1] // 2}
     arguments = norm_arguments(numbers, axes[0], result.zero_point, result.encoding.spec, **more)
     return editor.call("IntLayerNorm", [operand.codes], arguments, result.codes, before=node)

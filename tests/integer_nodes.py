@@ -11,13 +11,18 @@ from numpy.typing import NDArray
 
 from qnpu.compiler.integer_arguments import Arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.quant_types import QuantSpec
+from qnpu.compiler.quant_types import Encoding, QuantSpec
 from tests.conftest import run_model
 
 Array = NDArray[Any]
 U8, S8 = QuantSpec(8, signed=False, symmetric=False), QuantSpec(8, signed=True, symmetric=False)
 U16, S16 = QuantSpec(16, signed=False, symmetric=False), QuantSpec(16, signed=True, symmetric=False)
 SPECS = (U8, S8, U16, S16)
+
+
+def result(spec: QuantSpec, scale: float = 1.0, zero: int = 0) -> Encoding:
+    """An encoding per tensor."""
+    return Encoding(spec, np.array(scale, np.float32), np.array(zero, np.int32))
 
 
 def call(

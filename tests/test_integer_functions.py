@@ -25,7 +25,7 @@ from qnpu.compiler.integer_math import (
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.runtime_check import reference
 from tests.conftest import normal
-from tests.integer_nodes import S8, S16, SPECS, U8, U16, Array, call, codes
+from tests.integer_nodes import S8, S16, SPECS, U8, U16, Array, call, codes, result
 
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -39,8 +39,9 @@ def test_requantize(spec: QuantSpec, bits: int) -> None:
     bias = generator.integers(-bound // 4, bound // 4, 40)
     weights = generator.uniform(0.5, 1.0, 40).astype(np.float32)
     step = np.float32(bound / (1 << spec.bits) * (1.1 if bits > 12 else 1.0))
-    fixed = fixed_point(exact_ratios([weights], step), [2 * bound])
     zero = (spec.q_min + spec.q_max) // 3
+    ratios = exact_ratios([weights], step)
+    fixed = fixed_point(ratios, [2 * bound], result(spec, zero=zero))
     arguments = requantize_arguments(fixed, zero, spec, bias)
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
     assert (fixed.low is None) == (bits == 12)
@@ -54,8 +55,9 @@ def test_requantize(spec: QuantSpec, bits: int) -> None:
 def test_add(spec: QuantSpec, close: Fraction) -> None:
     operands = [codes(U16, 30, 50), codes(U8, 30, 50, seed=1)]
     ratios = [Fraction(1, 300), Fraction(7, 11)]
-    fixed = fixed_point(ratios, [65535, 255], terms=2, close=close)
     zero = (spec.q_min + spec.q_max) // 2
+    to = result(spec, zero=zero)
+    fixed = fixed_point(ratios, [65535, 255], to, terms=2, close=close)
     function = "IntAdd" if fixed.low is None else "IntAddFine"
     assert (fixed.low is None) == bool(close)
     arguments = add_arguments(fixed, (30000, 100), zero, spec)
@@ -70,8 +72,8 @@ def test_mul(spec: QuantSpec, kinds: tuple[QuantSpec, QuantSpec]) -> None:
     operands = [codes(kind, 30, 50, seed=index) for index, kind in enumerate(kinds)]
     zeros = (kinds[0].q_max // 3, kinds[1].q_max // 2)
     bound = (1 << kinds[0].bits) * (1 << kinds[1].bits)
-    fixed = fixed_point([Fraction(1 << spec.bits, bound)], [bound])
     zero = (spec.q_min + spec.q_max) // 2
+    fixed = fixed_point([Fraction(1 << spec.bits, bound)], [bound], result(spec, zero=zero))
     arguments = multiply_arguments(fixed, zeros, zero, spec)
     found = call("IntMul", operands, arguments, spec.dtype)[0]
     np.testing.assert_array_equal(
@@ -95,16 +97,16 @@ def test_lookup(spec: QuantSpec) -> None:
 
 def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:
     """Codes from ONNX Runtime, from the twin, and real codes, of a row with a mask."""
-    scale, result = 20.0 / (1 << kind.bits), 1.0 / (1 << spec.bits)
+    scale, step = 20.0 / (1 << kind.bits), 1.0 / (1 << spec.bits)
     given = codes(kind, 4, 30, 200)
     given[:, :, 150:] = kind.q_min
     given[0, 0] = kind.q_max
-    numbers = softmax_numbers(scale, kind.bits, result)
+    numbers = softmax_numbers(scale, kind.bits, result(spec, step))
     arguments = softmax_arguments(numbers, -1, spec.q_min, spec)
     found = call("IntSoftmax", [given], arguments, spec.dtype)[0]
     twin = reference.softmax(given, numbers, -1, spec.q_min, spec)
     real = np.exp(scale * given.astype(np.float64))
-    real = real / real.sum(axis=-1, keepdims=True) / result + spec.q_min
+    real = real / real.sum(axis=-1, keepdims=True) / step + spec.q_min
     return found, twin, np.clip(real, spec.q_min, spec.q_max)
 
 
@@ -122,15 +124,17 @@ def test_rms_norm(spec: QuantSpec, kind: QuantSpec) -> None:
     given, zero, size = codes(kind, 40, 96), kind.q_max // 3, 96
     given[0], given[1] = zero, zero + 1
     gains = (np.random.default_rng(2).integers(-200, 200, size), 0.01)
-    scale, result = 0.03, 8.0 / (1 << spec.bits)
-    numbers = norm_numbers(NormShape(size, kind.bits, scale, 1e-5, centred=False), gains, result)
+    scale, step = 0.03, 8.0 / (1 << spec.bits)
+    numbers = norm_numbers(
+        NormShape(size, kind.bits, scale, 1e-5, centred=False), gains, result(spec, step)
+    )
     z = (spec.q_min + spec.q_max) // 2
     arguments = norm_arguments(numbers, 1, z, spec, zero=zero)
     found = call("IntRMSNorm", [given], arguments, spec.dtype)[0]
     np.testing.assert_array_equal(found, reference.rms_norm(given, zero, numbers, z, spec))
     real = scale * (given.astype(np.float64) - zero)
     real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * gains[0] * gains[1]
-    expected = np.clip(real / result + z, spec.q_min, spec.q_max)
+    expected = np.clip(real / step + z, spec.q_min, spec.q_max)
     # of rows an LSB or two from zero the root keeps fewer bits
     assert np.abs(found - expected)[2:].max() < 0.51
     assert np.abs(found - expected).max() < 0.75
@@ -143,9 +147,9 @@ def test_layer_norm(spec: QuantSpec, kind: QuantSpec) -> None:
     given[0] = 7
     gains = (np.random.default_rng(2).integers(-200, 200, size), 0.01)
     bias = normal(size).astype(np.float64)
-    scale, result = 0.03, 8.0 / (1 << spec.bits)
+    scale, step = 0.03, 8.0 / (1 << spec.bits)
     numbers = norm_numbers(
-        NormShape(size, kind.bits, scale, 1e-5, centred=True), gains, result, bias
+        NormShape(size, kind.bits, scale, 1e-5, centred=True), gains, result(spec, step), bias
     )
     z = (spec.q_min + spec.q_max) // 2
     more = {"finer": numbers.finer, "size": size, "half": size // 2}
@@ -157,7 +161,7 @@ def test_layer_norm(spec: QuantSpec, kind: QuantSpec) -> None:
     real = (
         real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * gains[0] * gains[1] + bias
     )
-    expected = np.clip(real / result + z, spec.q_min, spec.q_max)
+    expected = np.clip(real / step + z, spec.q_min, spec.q_max)
     assert np.abs(found - expected).max() < 0.52
 
 
