@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +11,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.integer_arguments import norm_arguments, softmax_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import NormShape, norm_numbers, softmax_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quant_types import Encoding, FloatArray
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
@@ -71,6 +72,7 @@ class LowerNonlinear(Pass):
         DQ → RMSNormalization → Q     qnpu.IntRMSNorm
         DQ → LayerNormalization → Q   qnpu.IntLayerNorm
         DQ → Sigmoid → Q              qnpu.IntLookup (Tanh, Gelu, Pow with a constant, …)
+        DQ(x) · DQ(f(x)) → Q          qnpu.IntLookup of x alone
 
     Each takes codes and gives codes. Softmax and norms are formulas in 64-bit integers
     (``qnpu.compiler.integer_functions``; quantnpu.md §6), within 1 LSB of the exact result.
@@ -115,6 +117,7 @@ def _lowering(node: ir.Node) -> Lowering | None:
     if node.op_type in _UNARY:
         return _lookup
     return {
+        "Mul": _lookup_of_product,
         "Softmax": _softmax,
         "RMSNormalization": _rms_norm,
         "LayerNormalization": _layer_norm,
@@ -211,6 +214,45 @@ def _lookup(
     return editor.call("IntLookup", [operand.codes], {"table": table}, result.codes, before=node)
 
 
+def _lookup_of_product(
+    editor: IntegerEditor, node: ir.Node, operand: CodedInput, result: CodedResult
+) -> ir.Value | None:
+    """A product of a number and a function of it, or of two functions of it, is one as well."""
+    factors = [coded_input(value) for value in node.inputs]
+    views = [_as_function(factor) for factor in factors if factor is not None]
+    if len(views) < 2 or views[0][0] is not views[1][0] or "IntLookup" not in _made_by(factors):
+        return None
+    product = views[0][1] * views[1][1]
+    codes = np.floor(product / result.scale + 0.5) + result.zero_point
+    spec = result.encoding.spec
+    table = np.clip(codes, spec.q_min, spec.q_max).astype(spec.code_dtype)
+    return editor.call("IntLookup", [views[0][0]], {"table": table}, result.codes, before=node)
+
+
+def _made_by(factors: Sequence[CodedInput | None]) -> set[str]:
+    makers = [factor.codes.producer() for factor in factors if factor is not None]
+    return {maker.op_type for maker in makers if maker is not None}
+
+
+def _as_function(factor: CodedInput) -> tuple[ir.Value, FloatArray]:
+    """Codes, and what a factor is for each of them, real: of a table's result those it looks up."""
+    maker = factor.codes.producer()
+    table = constant_array(maker.inputs[1]) if maker and maker.op_type == "IntLookup" else None
+    if maker is not None and table is not None and maker.inputs[0] is not None:
+        return maker.inputs[0], (table.astype(np.int64) - factor.zero_point) * factor.scale
+    return factor.codes, _numbers(factor.encoding)
+
+
+def _numbers(encoding: Encoding) -> FloatArray:
+    """What each code stands for, real; negative codes come last."""
+    codes = np.arange(1 << encoding.spec.bits)
+    if encoding.spec.signed:
+        half = 1 << (encoding.spec.bits - 1)
+        codes = np.where(codes >= half, codes - 2 * half, codes)
+    found: FloatArray = (codes - int(encoding.zero_point)) * float(encoding.scale)
+    return found
+
+
 def _is_scalar(value: ir.Value) -> bool:
     constant = real_constant(input_operand(value))
     if constant is None and value.const_value is not None:
@@ -224,11 +266,7 @@ def _function_values(node: ir.Node, operand: CodedInput) -> NDArray[np.float64]:
 
     from qnpu.runtime_check.torch_executor import TorchExecutor  # noqa: PLC0415
 
-    bits = operand.encoding.spec.bits
-    codes = np.arange(1 << bits)
-    if operand.encoding.spec.signed:
-        codes = np.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
-    real = (codes - operand.zero_point) * operand.scale
+    real = _numbers(operand.encoding)
     inputs = {name_of(node.inputs[0]): torch.from_numpy(real)} if node.inputs[0] else {}
     for value in node.inputs[1:]:
         constant = real_constant(input_operand(value)) if value is not None else None

@@ -88,6 +88,45 @@ def test_functions_of_one_number_are_exactly_rounded(operator: str, kind: str, r
     np.testing.assert_array_equal(found, np.minimum(expected, out.q_max))
 
 
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+def test_a_number_times_a_function_of_it(kind: str) -> None:
+    """Both roundings stay: that of the sigmoid and that of the product."""
+    spec = KINDS[kind]
+    zero = (spec.q_min + spec.q_max) // 3
+    model = parse(f"""
+        g ({kind}[4, 30] x) => (uint16[4, 30] y)
+        <float s = {{0.05}}, {kind} z = {{{zero}}}, float p = {{0.0000152587890625}},
+         uint16 o = {{0}}, float t = {{0.0002}}, uint16 n = {{5000}}>
+        {{
+            real = DequantizeLinear(x, s, z)
+            h = Sigmoid(real)
+            h_codes = QuantizeLinear(h, p, o)
+            h_real = DequantizeLinear(h_codes, p, o)
+            product = Mul(real, h_real)
+            y = QuantizeLinear(product, t, n)
+        }}
+    """)
+    given = codes(spec, 4, 30)
+    assert apply(LowerNonlinear(), model) == 2
+    assert operators(model) == [("qnpu", "IntLookup")]
+    scale, step = float(np.float32(0.05)), float(np.float32(0.0002))
+    real = (given.astype(np.float64) - zero) * scale
+    sigmoid = np.floor(65536 / (1 + np.exp(-real)) + 0.5)
+    expected = np.clip(np.floor(real * sigmoid / 65536 / step + 0.5) + 5000, 0, 65535)
+    np.testing.assert_array_equal(run_model(model, {"x": given})[0], expected)
+
+
+def test_a_product_of_two_numbers_is_left_alone() -> None:
+    model = parse("""
+        g (uint8[4] x, uint8[4] w) => (uint8[4] y) <float s = {0.1}, uint8 z = {0}>
+        {
+            a = DequantizeLinear(x, s, z) b = DequantizeLinear(w, s, z)
+            product = Mul(a, b) y = QuantizeLinear(product, s, z)
+        }
+    """)
+    assert apply(LowerNonlinear(), model) == 0
+
+
 def test_powers_of_negative_numbers() -> None:
     """The exponent is what DequantizeLinear makes of its code: 3, as float32 has it."""
     constants = ", uint16 p = {65535}, float ps = {4.5777066e-05}, uint16 pz = {0}"
