@@ -1,0 +1,179 @@
+"""Which nodes of a Q/DQ graph and of the integer graph made of it compute the same codes.
+
+Codes have kept their names. A pair of them, and the nodes that make either of the two from pairs
+before, are a unit: both sides of it can be run alone, on the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.op_traits import is_float, layout_inputs
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
+
+_KINDS = {
+    "Add": "add",
+    "Div": "multiply",
+    "Gemm": "linear",
+    "Identity": "layout",
+    "LayerNormalization": "norm",
+    "MatMul": "linear",
+    "Mul": "multiply",
+    "Neg": "multiply",
+    "RMSNormalization": "norm",
+    "Softmax": "softmax",
+    "Sub": "add",
+    "Where": "layout",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """A tensor of codes in both graphs, and what makes either.
+
+    Attributes:
+        reference: in the Q/DQ graph.
+        result: in the integer graph.
+        reference_nodes: of the Q/DQ graph, without the QuantizeLinear at their end.
+        reference_takes: names of what those take.
+        nodes: of the integer graph; none where the codes are an input of it.
+        takes: what those take → its name in the Q/DQ graph.
+    """
+
+    reference: ir.Value
+    result: ir.Value
+    reference_nodes: tuple[ir.Node, ...]
+    reference_takes: tuple[str, ...]
+    nodes: tuple[ir.Node, ...]
+    takes: Mapping[ir.Value, str]
+
+    @property
+    def quantize(self) -> ir.Node | None:
+        """What rounds the exact result; None for codes that are merely handed through."""
+        return _quantizer(self.reference)
+
+    @property
+    def exact(self) -> ir.Value:
+        """The result before it is rounded."""
+        return _unrounded(self.reference)
+
+    @property
+    def operator(self) -> ir.Node | None:
+        """The node of the Q/DQ graph that computes; None for a change of encoding."""
+        producer = self.exact.producer()
+        return None if producer is None or producer.op_type == DEQUANTIZE else producer
+
+    @property
+    def kind(self) -> str:
+        """linear, add, layout, conversion, multiply, softmax, norm or lookup."""
+        node = self.operator
+        if node is None:
+            return "conversion"
+        return "layout" if layout_inputs(node) else _KINDS.get(node.op_type, "lookup")
+
+
+def units(qdq: ir.Graph, integer: ir.Graph) -> list[Unit]:
+    """All units, in the order of the Q/DQ graph; each takes codes of those before it.
+
+    Args:
+        qdq: inputs and outputs are real numbers or codes.
+        integer: made of it.
+    """
+    pairs = _pairs(qdq, integer)
+    order = {node: index for graph in (qdq, integer) for index, node in enumerate(graph)}
+    names = {value: name_of(value) for value in integer.inputs}
+    names |= {twin: name_of(value) for value, twin in pairs.items()}
+    found: list[Unit] = []
+    for value, twin in pairs.items():
+        reference_nodes, reference_takes = _cone(_unrounded(value), pairs, order)
+        nodes, takes = _cone(twin, names, order)
+        found.append(
+            Unit(
+                reference=value,
+                result=twin,
+                reference_nodes=reference_nodes,
+                reference_takes=tuple(name_of(item) for item in reference_takes),
+                nodes=nodes,
+                takes={item: names[item] for item in takes} if nodes else {},
+            )
+        )
+    return found
+
+
+def _pairs(qdq: ir.Graph, integer: ir.Graph) -> dict[ir.Value, ir.Value]:
+    """Codes of the Q/DQ graph → those of the integer graph, in the order of the Q/DQ graph."""
+    theirs = {name_of(v): v for v in integer.inputs}
+    theirs |= {name_of(v): v for node in integer for v in node.outputs if v.name}
+    ends = _ends(qdq)
+    pairs: dict[ir.Value, ir.Value] = {}
+    for node in qdq:
+        for value in node.outputs:
+            name = name_of(value)
+            if node.op_type != QUANTIZE and name not in ends:
+                continue
+            twin = theirs.get(name) or theirs.get(ends.get(name, ""))
+            if twin is not None and twin.dtype is value.dtype and _fills_bytes(value):
+                pairs[value] = twin
+    return pairs
+
+
+def _ends(qdq: ir.Graph) -> dict[str, str]:
+    """Codes at inputs and outputs → names there, which they may have in the integer graph."""
+    ends: dict[str, str] = {}
+    for value in qdq.outputs:
+        producer = value.producer()
+        if producer is None:
+            continue
+        codes = producer.inputs[0] if producer.op_type == DEQUANTIZE else value
+        if codes is not None and not is_float(codes):
+            ends[name_of(codes)] = name_of(value)
+    for value in qdq.inputs:
+        if is_float(value):
+            ends |= {name_of(user.outputs[0]): name_of(value) for user in value.consumers()}
+    return ends
+
+
+def _fills_bytes(value: ir.Value) -> bool:
+    """Other codes can be neither fed nor read back: NumPy cannot hold them."""
+    return value.dtype is not None and value.dtype.bitwidth >= 8
+
+
+def _quantizer(codes: ir.Value) -> ir.Node | None:
+    producer = codes.producer()
+    return producer if producer is not None and producer.op_type == QUANTIZE else None
+
+
+def _unrounded(codes: ir.Value) -> ir.Value:
+    quantize = _quantizer(codes)
+    before = quantize.inputs[0] if quantize is not None else None
+    return codes if before is None else before
+
+
+def _cone(
+    value: ir.Value, cuts: Collection[ir.Value], order: Mapping[ir.Node, int]
+) -> tuple[tuple[ir.Node, ...], list[ir.Value]]:
+    """The nodes that a value is made by, in order, back to the cuts, and what those take."""
+    producer = value.producer()
+    if producer is None:
+        return (), [value]
+    nodes: set[ir.Node] = set()
+    takes: dict[ir.Value, None] = {}
+    pending = [producer]
+    while pending:
+        node = pending.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for item in node.inputs:
+            if item is None or item.is_initializer():
+                continue
+            maker = item.producer()
+            if item in cuts or maker is None:
+                takes[item] = None
+            else:
+                pending.append(maker)
+    return tuple(sorted(nodes, key=order.__getitem__)), list(takes)

@@ -1,0 +1,448 @@
+"""The parity certificate: what an integer graph computes against its Q/DQ graph, node by node.
+
+Each node of the integer graph is run alone on ONNX Runtime, on the codes of the Q/DQ graph, so that
+errors do not add up; helpers between two tensors of codes (MatMulInteger, IntSplit, Cast) count as
+one with it. The Q/DQ graph's own node is computed in float64 on the same codes. What is compared
+are the codes that both make, in LSB. Memory holds the operands and results of one node, and codes
+that later nodes take.
+
+Now and then the exact result lies halfway between two codes. QuantizeLinear then takes the even
+one, integer functions the upper one: both count as right, and such places are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qnpu.compiler.graph_edit import constant_array, last_dimension, name_of, subgraph_proto
+from qnpu.compiler.operands import QUANTIZE, input_operand
+from qnpu.compiler.pass_base import ProgressCallback, no_progress
+from qnpu.compiler.quant_types import widened
+from qnpu.compiler.quantized_results import real_constant
+from qnpu.runtime_check.paired_nodes import Unit, units
+from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
+from qnpu.runtime_check.torch_executor import TorchExecutor
+from qnpu.runtime_check.torch_operator import shared
+
+_CHUNK = 2**20
+_MOST_LSB = 4
+_SUM_BITS = 31
+_EXACT = frozenset({"add", "conversion", "layout", "linear"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParity:
+    """One tensor of codes.
+
+    Attributes:
+        name: in the integer graph.
+        operator: of the Q/DQ graph that makes it; ``Convert`` for a change of encoding.
+        node: name of that node.
+        functions: operators of the integer graph in its place, in order.
+        kind: linear, add, layout, conversion, multiply, softmax, norm or lookup.
+        bits: of a code.
+        elements: compared, over all batches.
+        histogram: how many codes are 0, 1, 2, 3, 4 and more LSB off.
+        max_lsb: of the code that is farthest off.
+        beyond: by how much codes that are off are farther than half an LSB from the exact result;
+            LSB, of the farthest; 0 where none is off.
+        ties: places where the exact result lies halfway and the two ways to round differ.
+    """
+
+    name: str
+    operator: str
+    node: str
+    functions: tuple[str, ...]
+    kind: str
+    bits: int
+    elements: int
+    histogram: tuple[int, ...]
+    max_lsb: int
+    beyond: float
+    ties: int
+
+    @property
+    def limit(self) -> int:
+        """LSB that a code may be off; none where the integer function is exact."""
+        if self.kind in _EXACT:
+            return 0
+        return 1 if self.bits <= 8 else 4
+
+    @property
+    def passed(self) -> bool:
+        return self.max_lsb <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class AccumulatorParity:
+    """The sums of one MatMulInteger, which are int32.
+
+    Attributes:
+        node: its name.
+        constant: one operand is a weight, whose codes give the bound; else the depth gives it.
+        bound_bits: of the greatest magnitude that any input can lead to.
+        seen_bits: of the greatest magnitude there was.
+    """
+
+    node: str
+    constant: bool
+    bound_bits: int
+    seen_bits: int
+
+    @property
+    def passed(self) -> bool:
+        return self.bound_bits <= _SUM_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class KindSummary:
+    """All tensors of one kind of operator.
+
+    Attributes:
+        kind: as in ``TensorParity``.
+        tensors: how many.
+        elements: of all of them.
+        equal: share of codes that are not off.
+        max_lsb: of the code that is farthest off.
+        ties: see ``TensorParity``.
+        passed: every tensor is within its limit.
+    """
+
+    kind: str
+    tensors: int
+    elements: int
+    equal: float
+    max_lsb: int
+    ties: int
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ParityCertificate:
+    """How an integer graph compares with the Q/DQ graph that it was made of.
+
+    Attributes:
+        tensors: in the order of the Q/DQ graph.
+        accumulators: in the order of the integer graph.
+        unmatched: codes of the Q/DQ graph that the integer graph has not, or that do not fill
+            bytes: nodes on both sides of them were compared as one.
+        unchecked: nodes of the integer graph that were not run.
+    """
+
+    tensors: tuple[TensorParity, ...]
+    accumulators: tuple[AccumulatorParity, ...]
+    unmatched: tuple[str, ...]
+    unchecked: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every node was run, every tensor is within its limit, no sum can overflow."""
+        parts: list[TensorParity | AccumulatorParity] = [*self.tensors, *self.accumulators]
+        return bool(self.tensors) and not self.unchecked and all(item.passed for item in parts)
+
+    def summary(self) -> list[KindSummary]:
+        """By kind of operator, in the order of their names."""
+        kinds = sorted({tensor.kind for tensor in self.tensors})
+        return [_summary(kind, [t for t in self.tensors if t.kind == kind]) for kind in kinds]
+
+    def to_json(self) -> dict[str, object]:
+        """For parity.json; the same for the same graphs and batches."""
+        return {
+            "format": "qnpu-parity",
+            "version": 1,
+            "passed": self.passed,
+            "summary": [asdict(item) for item in self.summary()],
+            "tensors": [
+                asdict(t) | {"beyond": float(f"{t.beyond:.3g}"), "limit": t.limit}
+                for t in self.tensors
+            ],
+            "accumulators": [asdict(item) for item in self.accumulators],
+            "unmatched": list(self.unmatched),
+            "unchecked": list(self.unchecked),
+        }
+
+
+def _summary(kind: str, tensors: Sequence[TensorParity]) -> KindSummary:
+    elements = sum(tensor.elements for tensor in tensors)
+    return KindSummary(
+        kind=kind,
+        tensors=len(tensors),
+        elements=elements,
+        equal=sum(tensor.histogram[0] for tensor in tensors) / max(elements, 1),
+        max_lsb=max(tensor.max_lsb for tensor in tensors),
+        ties=sum(tensor.ties for tensor in tensors),
+        passed=all(tensor.passed for tensor in tensors),
+    )
+
+
+def parity_certificate(
+    qdq: ir.Model,
+    integer: ir.Model,
+    batches: Sequence[Feeds],
+    progress: ProgressCallback = no_progress,
+) -> ParityCertificate:
+    """Compares every node of an integer graph with what the Q/DQ graph says there.
+
+    Args:
+        qdq: typed, topologically sorted; inputs and outputs are real numbers or codes.
+        integer: made of it; codes have kept their names.
+        batches: what ``qdq`` takes.
+        progress: called with fraction done.
+
+    Raises:
+        DiagnosticError: QN307 an operator of ``qdq`` does not run in torch; QN116 ONNX Runtime
+            refuses a node of ``integer``.
+    """
+    pairs = units(qdq.graph, integer.graph)
+    held = [_Codes(feeds, pairs) for feeds in batches]
+    sums = _Sums()
+    tensors: list[TensorParity] = []
+    for index, unit in enumerate(pairs):
+        found = _compare(unit, integer, held, sums)
+        if found is not None:
+            tensors.append(found)
+        for codes in held:
+            codes.drop_used(index)
+        progress("parity", (index + 1) / len(pairs))
+    run_nodes = {node for unit in pairs for node in unit.nodes}
+    matched = {unit.reference for unit in pairs}
+    made = [node.outputs[0] for node in qdq.graph if node.op_type == QUANTIZE]
+    return ParityCertificate(
+        tensors=tuple(tensors),
+        accumulators=tuple(sums.found(integer.graph)),
+        unmatched=tuple(name_of(value) for value in made if value not in matched),
+        unchecked=tuple(name_of(node) for node in integer.graph if node not in run_nodes),
+    )
+
+
+class _Codes:
+    """Codes of the Q/DQ graph for one batch, for as long as a later unit takes them."""
+
+    def __init__(self, feeds: Feeds, pairs: Sequence[Unit]) -> None:
+        self._arrays: dict[str, Array] = dict(feeds)
+        self._last: dict[str, int] = {}
+        for index, unit in enumerate(pairs):
+            for name in (*unit.reference_takes, *unit.takes.values()):
+                self._last[name] = index
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        self._arrays[name] = array
+
+    def drop_used(self, index: int) -> None:
+        """Drops what no unit after this one takes."""
+        for name in [name for name in self._arrays if self._last.get(name, -1) <= index]:
+            del self._arrays[name]
+
+
+def _compare(
+    unit: Unit, integer: ir.Model, held: Sequence[_Codes], sums: _Sums
+) -> TensorParity | None:
+    """Runs both sides of a unit on every batch, and keeps the Q/DQ graph's codes.
+
+    Returns:
+        None where the codes are an input of the integer graph.
+    """
+    grid, tally = _Grid.of(unit), _Tally()
+    executor = TorchExecutor(unit.reference_nodes, dtype=torch.float64)
+    products = sums.new(unit.nodes)
+    outputs = [unit.result, *(node.outputs[0] for node in products)]
+    session = None
+    if unit.nodes:
+        proto = subgraph_proto(unit.nodes, list(unit.takes), outputs, integer)
+        session = open_session(proto, Mode.REFERENCE)
+    for codes in held:
+        exact = _exact(unit, executor, codes) / grid.scale
+        codes[name_of(unit.reference)] = grid.rounded(exact, unit.reference)
+        if session is not None:
+            feeds = {name_of(value): codes[name] for value, name in unit.takes.items()}
+            got, *seen = run(session, [name_of(value) for value in outputs], feeds)
+            for node, array in zip(products, seen, strict=True):
+                sums.see(node, array)
+            tally.add_all(exact, got, grid)
+    return _tensor_parity(unit, tally) if unit.nodes else None
+
+
+def _tensor_parity(unit: Unit, tally: _Tally) -> TensorParity:
+    node = unit.operator
+    return TensorParity(
+        name=name_of(unit.result),
+        operator=node.op_type if node is not None else "Convert",
+        node=name_of(node or unit.quantize or unit.result),
+        functions=tuple(dict.fromkeys(item.op_type for item in unit.nodes)),
+        kind=unit.kind,
+        bits=unit.result.dtype.bitwidth if unit.result.dtype is not None else 0,
+        elements=int(tally.histogram.sum()),
+        histogram=tuple(tally.histogram.tolist()),
+        max_lsb=tally.max_lsb,
+        beyond=tally.beyond,
+        ties=tally.ties,
+    )
+
+
+def _exact(unit: Unit, executor: TorchExecutor, codes: _Codes) -> NDArray[np.float64]:
+    """The result before it is rounded, real units."""
+    inputs = {name: _tensor(codes[name]) for name in unit.reference_takes}
+    name = name_of(unit.exact)
+    with torch.inference_mode():
+        found = executor.run(inputs | _exponents(unit), [name])[name]
+        real: NDArray[np.float64] = found.double().numpy()
+    return real
+
+
+def _tensor(array: Array) -> Tensor:
+    return shared(array.astype(np.int32) if array.dtype == np.uint16 else array)
+
+
+def _exponents(unit: Unit) -> dict[str, Tensor]:
+    """Exponents as DequantizeLinear makes them, in float32: 3, where float64 says 2.99999998.
+
+    Of a negative number the power would not exist.
+    """
+    found: dict[str, Tensor] = {}
+    for node in unit.reference_nodes:
+        value = node.inputs[1] if node.op_type == "Pow" else None
+        constant = real_constant(input_operand(value)) if value is not None else None
+        if value is not None and constant is not None:
+            found[name_of(value)] = torch.from_numpy(np.asarray(constant, np.float32)).double()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """An encoding.
+
+    Attributes:
+        scale: real units per LSB.
+        zero_point: LSB.
+        low, high: ends of the codes, LSB from the zero point.
+    """
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, unit: Unit) -> _Grid:
+        """That of a unit's result; the numbers themselves where they have none."""
+        kind = unit.reference.dtype
+        ends = np.iinfo(kind.numpy() if kind is not None and kind.is_integer() else np.uint8)
+        scale, zero = 1.0, 0
+        if unit.quantize is not None:
+            known = [constant_array(value) for value in unit.quantize.inputs[1:]]
+            scale = float(known[0].item()) if known[0] is not None else 1.0
+            zero = int(known[1].item()) if len(known) > 1 and known[1] is not None else 0
+        return cls(scale, zero, int(ends.min) - zero, int(ends.max) - zero)
+
+    def rounded(self, exact: NDArray[np.float64], like: ir.Value) -> Array:
+        """Codes as QuantizeLinear makes them."""
+        codes = np.clip(np.rint(exact), self.low, self.high) + self.zero_point
+        return codes.astype(like.dtype.numpy() if like.dtype is not None else np.uint8)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Differences of codes, counted: see ``TensorParity``."""
+
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_MOST_LSB + 2, np.int64))
+    max_lsb: int = 0
+    beyond: float = 0.0
+    ties: int = 0
+
+    def add_all(self, exact: NDArray[np.float64], codes: Array, grid: _Grid) -> None:
+        """Counts a tensor, in chunks: of no more than that copies are made."""
+        if exact.shape != codes.shape:
+            raise ValueError(f"shapes {exact.shape} and {codes.shape} of one tensor")
+        one, other = exact.reshape(-1), codes.reshape(-1)
+        for start in range(0, one.size, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            self._add(one[chunk], other[chunk].astype(np.float64) - grid.zero_point, grid)
+
+    def _add(self, exact: NDArray[np.float64], codes: NDArray[np.float64], grid: _Grid) -> None:
+        lower = np.floor(exact)
+        halfway = exact - lower == 0.5
+        even = np.clip(np.rint(exact), grid.low, grid.high)
+        upper = np.clip(lower + 1, grid.low, grid.high)
+        distance = np.abs(codes - even)
+        distance = np.where(halfway, np.minimum(distance, np.abs(codes - upper)), distance)
+        self.ties += int(np.count_nonzero(halfway & (even != upper)))
+        within = np.minimum(distance, _MOST_LSB + 1).astype(np.int64)
+        self.histogram += np.bincount(within, minlength=_MOST_LSB + 2)
+        off = distance > 0
+        if off.any():
+            away = np.abs(codes - np.clip(exact, grid.low, grid.high))[off]
+            self.max_lsb = max(self.max_lsb, int(distance.max()))
+            self.beyond = max(self.beyond, float(away.max()) - 0.5)
+
+
+class _Sums:
+    """Greatest sums of every MatMulInteger that was run."""
+
+    def __init__(self) -> None:
+        self._seen: dict[ir.Node, int] = {}
+
+    def new(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+        """Those of some nodes that make sums and have not been run yet."""
+        return [n for n in nodes if n.op_type == "MatMulInteger" and n not in self._seen]
+
+    def see(self, node: ir.Node, sums: Array) -> None:
+        """Notes sums of a node."""
+        greatest = max(int(sums.max(initial=0)), -int(sums.min(initial=0)))
+        self._seen[node] = max(self._seen.get(node, 0), greatest)
+
+    def found(self, graph: ir.Graph) -> list[AccumulatorParity]:
+        """All of them, in graph order."""
+        return [
+            AccumulatorParity(
+                node=name_of(node),
+                constant=_weight(node) is not None,
+                bound_bits=_bound(node).bit_length(),
+                seen_bits=self._seen[node].bit_length(),
+            )
+            for node in graph
+            if node in self._seen
+        ]
+
+
+def _bound(node: ir.Node) -> int:
+    """Greatest magnitude of a MatMulInteger's sums, whatever comes in."""
+    reach = _reach(node, 0)
+    weight = _weight(node)
+    if weight is not None:
+        return int(np.abs(weight).sum(axis=-2).max()) * reach
+    depth = last_dimension(node.inputs[0])
+    if depth is None:
+        raise ValueError(f"depth of {name_of(node)} is not known")
+    return depth * reach * _reach(node, 1)
+
+
+def _weight(node: ir.Node) -> NDArray[np.int64] | None:
+    """Codes of a constant second operand less their zero point, shape (…, features, channels)."""
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":  # 4-bit codes, unpacked
+        value = producer.inputs[0]
+    codes = constant_array(value)
+    return None if codes is None else widened(codes).astype(np.int64) - _zero_point(node, 1)
+
+
+def _reach(node: ir.Node, index: int) -> int:
+    """Greatest distance of an operand's codes from their zero point, LSB."""
+    value, zero = node.inputs[index], _zero_point(node, index)
+    ends = np.iinfo(np.int8 if value is not None and value.dtype is ir.DataType.INT8 else np.uint8)
+    return max(int(ends.max) - zero, zero - int(ends.min))
+
+
+def _zero_point(node: ir.Node, index: int) -> int:
+    zero = constant_array(node.inputs[index + 2]) if len(node.inputs) > index + 2 else None
+    return 0 if zero is None else int(zero.item())
