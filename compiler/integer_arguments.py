@@ -81,6 +81,26 @@ def multiply_arguments(
     }
 
 
+def rotate_arguments(
+    ratio: FixedPoint,
+    tables: tuple[NDArray[Any], NDArray[Any]],
+    zero_points: tuple[int, int],
+    zero_point: int,
+    spec: QuantSpec,
+) -> Arguments:
+    """Of IntRotate; tables are of the type its inner sum has."""
+    word = tables[0].dtype
+    return {
+        "zero_a": np.array(zero_points[0], word),
+        "zero_b": np.array(zero_points[1], word),
+        "table_a": tables[0],
+        "table_b": tables[1],
+        "multiplier": _unsigned(ratio.high),
+        "offset": _unsigned(_rounding(ratio, zero_point)),
+        **_limits(ratio.shift, spec),
+    }
+
+
 def split_arguments() -> Arguments:
     """Of IntSplit."""
     return {"eight": np.array(8, np.uint32)}

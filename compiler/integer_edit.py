@@ -35,6 +35,7 @@ class IntegerEditor(GraphEditor):
         like: ir.Value,
         *,
         before: ir.Node,
+        **attributes: int,
     ) -> ir.Value:
         """The first result of a node that calls an integer function.
 
@@ -44,6 +45,7 @@ class IntegerEditor(GraphEditor):
             arguments: constants by parameter name: all other inputs.
             like: what the result is to be like in type and shape; names begin with its name.
             before: place of the node.
+            attributes: other than ``to``, the type of the result.
 
         Raises:
             ValueError: arguments are not those of the function.
@@ -54,11 +56,12 @@ class IntegerEditor(GraphEditor):
             raise ValueError(f"{function} takes {wanted}, not {sorted(arguments)}")
         base = name_of(like)
         constants = [self._argument(f"{base}_{key}", arguments[key]) for key in wanted]
-        attributes = {"to": int(like.dtype or 0)} if "to" in definition.attributes else None
+        if "to" in definition.attributes:
+            attributes["to"] = int(like.dtype or 0)
         node = ir.node(
             function,
             [*operands, *constants],
-            attributes,
+            attributes or None,
             domain=DOMAIN,
             num_outputs=len(definition.outputs),
             name=self.free_name(f"{base}_{function}"),

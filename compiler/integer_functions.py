@@ -90,6 +90,20 @@ def IntMul(a, b, zero_a, zero_b, multiplier, offset, shift, low, high, to: int):
 
 
 @script(QNPU, default_opset=op)
+def IntRotate(
+    a, b, zero_a, zero_b, table_a, table_b, multiplier, offset, shift, low, high, to: int, word: int
+):
+    """y = clip((((a - zero_a)·table_a + (b - zero_b)·table_b)·multiplier + offset) >> shift).
+
+    The sum in parentheses is of type ``word``.
+    """
+    first = (op.Cast(a, to=word) - zero_a) * table_a
+    turned = (op.Cast(b, to=word) - zero_b) * table_b + first
+    sums = op.Cast(turned, to=_UINT64) * multiplier + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntSplit(x, eight):
     """The two bytes of uint16 codes: x = 256·high + low."""
     high = op.Cast(op.BitShift(op.Cast(x, to=_UINT32), eight, direction="RIGHT"), to=_UINT8)
@@ -203,6 +217,7 @@ _BODIES = (
     IntAdd,
     IntAddFine,
     IntMul,
+    IntRotate,
     IntSplit,
     IntJoin,
     IntLookup,

@@ -52,6 +52,22 @@ def multiply(
     return requantize(one * other, ratio, zero_point, spec)
 
 
+def rotate(
+    operands: tuple[Codes, Codes],
+    zero_points: tuple[int, int],
+    tables: tuple[Codes, Codes],
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """y = clamp(⌊((q_a - z_a)·t_a + (q_b - z_b)·t_b)·M + 1/2⌋ + z)."""
+    terms = [
+        (codes.astype(np.int64) - zero) * table.astype(np.int64)
+        for codes, zero, table in zip(operands, zero_points, tables, strict=True)
+    ]
+    return requantize(terms[0] + terms[1], ratio, zero_point, spec)
+
+
 def matmul(
     first: Codes,
     second: Codes,

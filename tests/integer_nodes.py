@@ -30,6 +30,7 @@ def call(
     operands: Sequence[Array],
     arguments: Arguments,
     dtype: ir.DataType,
+    **attributes: int,
 ) -> list[Array]:
     """All outputs of the function, as ONNX Runtime computes them."""
     inputs = [
@@ -44,7 +45,9 @@ def call(
     graph = ir.Graph(inputs, [], nodes=[anchor], opset_imports={"": 23}, name="g")
     model = ir.Model(graph, ir_version=10)
     like = ir.Value(name="y", type=ir.TensorType(dtype))
-    result = IntegerEditor(model).call(function, inputs, arguments, like, before=anchor)
+    result = IntegerEditor(model).call(
+        function, inputs, arguments, like, before=anchor, **attributes
+    )
     producer = result.producer()
     assert producer is not None
     graph.outputs.extend(producer.outputs)

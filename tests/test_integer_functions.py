@@ -10,9 +10,11 @@ import pytest
 
 from qnpu.compiler.integer_arguments import (
     add_arguments,
+    join_arguments,
     multiply_arguments,
     norm_arguments,
     requantize_arguments,
+    rotate_arguments,
     softmax_arguments,
 )
 from qnpu.compiler.integer_math import (
@@ -79,6 +81,37 @@ def test_mul(spec: QuantSpec, kinds: tuple[QuantSpec, QuantSpec]) -> None:
     np.testing.assert_array_equal(
         found, reference.multiply(operands[0], operands[1], zeros, fixed, zero, spec)
     )
+
+
+@pytest.mark.parametrize("word", [np.int32, np.int64])
+def test_rotate(word: type[np.signedinteger]) -> None:
+    kind = U8 if word is np.int32 else U16
+    operands = codes(kind, 5, 6, 8), codes(kind, 5, 6, 8, seed=1)
+    angles = np.outer(np.arange(6), 0.3 ** np.arange(8))
+    bits = 20 if word is np.int32 else 30
+    tables = tuple(np.rint(f(angles) * 2.0**bits).astype(word) for f in (np.cos, np.sin))
+    zeros, to = (100, 90), result(U16, zero=30000)
+    bound = 2 * kind.q_max << bits
+    fixed = fixed_point([Fraction(20000, bound)], [bound], to, close=Fraction(1, 256))
+    arguments = rotate_arguments(fixed, (tables[0], tables[1]), zeros, 30000, U16)
+    attribute = ir.DataType.from_numpy(np.dtype(word))
+    found = call("IntRotate", operands, arguments, U16.dtype, word=int(attribute))[0]
+    expected = reference.rotate(operands, zeros, (tables[0], tables[1]), fixed, 30000, U16)
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 200
+
+
+def test_join() -> None:
+    high, low = np.array([[-5, 70000]], np.int32), np.array([[255, -3]], np.int32)
+    found = call("IntJoin", [high, low], join_arguments(), ir.DataType.INT32)[0]
+    np.testing.assert_array_equal(found, high * 256 + low)
+
+
+def test_where() -> None:
+    condition = np.array([True, False, True])
+    chosen = [np.array([1, 2, 60000], np.uint16), np.array([7, 50000, 9], np.uint16)]
+    found = call("IntWhere", [condition, *chosen], {}, U16.dtype)[0]
+    np.testing.assert_array_equal(found, np.where(condition, *chosen))
 
 
 def test_split() -> None:

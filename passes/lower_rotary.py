@@ -1,0 +1,135 @@
+"""lower-rotary: a sum of two products with constant tables, as RoPE is, in one rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from qnpu.compiler.graph_edit import constant_array, static_shape
+from qnpu.compiler.integer_arguments import rotate_arguments
+from qnpu.compiler.integer_edit import IntegerEditor
+from qnpu.compiler.integer_math import fixed_point
+from qnpu.compiler.op_traits import is_standard
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_input, coded_results
+
+_CLOSE = Fraction(1, 256)  # LSB
+_MOST_BITS = 30
+
+
+@dataclass(frozen=True)
+class LowerRotary(Pass):
+    """Puts one integer function in the place of two products with constants and their sum.
+
+    Before → after, C and S constants::
+
+        DQ(a) · DQ(C) → Q → DQ ↘
+                                Add, Sub → Q            qnpu.IntRotate(a, b)
+        DQ(b) · DQ(S) → Q → DQ ↗
+
+    y = clamp(⌊((q_a - z_a)·c + (q_b - z_b)·s)·s_a/(2^n·s_y) + 1/2⌋ + z_y), c = round(C·2^n), n such
+    that sums of 8-bit codes stay within 31 bits (quantnpu.md §6: cosines as fixed-point numbers).
+    The roundings of both products fall away, so this is nearer to the float graph than the Q/DQ
+    graph is; from that it differs by 1 LSB of the result, plus half an LSB of each product.
+
+    Must not fire where a product is used twice, a table is no constant, or the two operands have
+    encodings of different scales.
+    """
+
+    name: ClassVar[str] = "lower-rotary"
+    consumes: ClassVar[Stage] = Stage.QDQ
+    produces: ClassVar[Stage] = Stage.QDQ
+
+    def run(self, compilation: Compilation) -> int:
+        model = compilation.model
+        editor, count = IntegerEditor(model), 0
+        for node in list(model.graph):
+            if not is_standard(node) or node.op_type not in ("Add", "Sub"):
+                continue
+            products = [_product(value) for value in node.inputs]
+            results = coded_results(node.outputs[0])
+            one, other = products if len(products) == 2 else (None, None)
+            if one is None or other is None or not results:
+                continue
+            if one.operand.scale != other.operand.scale or one.shape != other.shape:
+                continue
+            for result in results:
+                value = _rotated(editor, node, one, other, result)
+                editor.take_over(result.codes, value)
+            count += 1
+        if count:
+            common.RemoveUnusedNodesPass()(model)
+        return count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """Codes times a constant.
+
+    Attributes:
+        operand: the codes.
+        table: the constant, real.
+        shape: of the product.
+    """
+
+    operand: CodedInput
+    table: NDArray[np.float64]
+    shape: tuple[int, ...]
+
+
+def _product(value: ir.Value | None) -> _Product | None:
+    """What a sum takes, where that is such a product, used nowhere else."""
+    node = _only_source(value)
+    if node is None or node.op_type != "Mul":
+        return None
+    one, other = (coded_input(item) for item in node.inputs)
+    if one is None or other is None:
+        return None
+    if one.constant:
+        one, other = other, one
+    codes, shape = constant_array(other.codes), static_shape(node.outputs[0])
+    if one.constant or codes is None or shape is None or static_shape(one.codes) != shape:
+        return None
+    return _Product(one, (codes.astype(np.float64) - other.zero_point) * other.scale, shape)
+
+
+def _only_source(value: ir.Value | None) -> ir.Node | None:
+    """The node behind a Q/DQ pair, where its result goes nowhere else."""
+    for kind in (DEQUANTIZE, QUANTIZE):
+        maker = value.producer() if value is not None and len(value.uses()) == 1 else None
+        if maker is None or maker.op_type != kind:
+            return None
+        value = maker.inputs[0]
+    return value.producer() if value is not None and len(value.uses()) == 1 else None
+
+
+def _rotated(
+    editor: IntegerEditor, node: ir.Node, one: _Product, other: _Product, result: CodedResult
+) -> ir.Value:
+    largest = max(float(np.abs(item.table).max(initial=0.0)) for item in (one, other)) or 1.0
+    reach = one.operand.reach + other.operand.reach
+    narrow = all(item.operand.encoding.spec.bits <= 8 for item in (one, other))
+    bits = _MOST_BITS - int(np.ceil(np.log2(largest)))
+    if narrow:
+        bits -= reach.bit_length()
+    sign = -1 if node.op_type == "Sub" else 1
+    word = np.int32 if narrow else np.int64
+    tables = (
+        np.rint(one.table * 2.0**bits).astype(word),
+        np.rint(sign * other.table * 2.0**bits).astype(word),
+    )
+    ratio = Fraction(one.operand.scale) / Fraction(result.scale) / Fraction(2) ** bits
+    bound = reach * max(int(np.abs(table).max()) for table in tables)
+    fixed = fixed_point([ratio], [bound], result.encoding, close=_CLOSE)
+    zeros = one.operand.zero_point, other.operand.zero_point
+    arguments = rotate_arguments(fixed, tables, zeros, result.zero_point, result.encoding.spec)
+    kind = ir.DataType.INT32 if narrow else ir.DataType.INT64
+    codes = [one.operand.codes, other.operand.codes]
+    return editor.call("IntRotate", codes, arguments, result.codes, before=node, word=int(kind))
