@@ -21,7 +21,8 @@ from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_input, coded_results
 
 _CLOSE = Fraction(1, 256)  # LSB
-_MOST_BITS = 30
+_WORD_BITS = 30  # of a sum of 8-bit codes times a table, int32
+_TABLE_BITS = 20  # of a table for 16-bit codes: enough behind the point for their result
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ class LowerRotary(Pass):
                 continue
             if one.operand.scale != other.operand.scale or one.shape != other.shape:
                 continue
-            for result in results:
-                value = _rotated(editor, node, one, other, result)
-                editor.take_over(result.codes, value)
+            made = [_rotated(editor, node, one, other, result) for result in results]
+            if any(value is None for value in made):
+                continue
+            for result, value in zip(results, made, strict=True):
+                if value is not None:
+                    editor.take_over(result.codes, value)
             count += 1
         if count:
             common.RemoveUnusedNodesPass()(model)
@@ -112,13 +116,12 @@ def _only_source(value: ir.Value | None) -> ir.Node | None:
 
 def _rotated(
     editor: IntegerEditor, node: ir.Node, one: _Product, other: _Product, result: CodedResult
-) -> ir.Value:
+) -> ir.Value | None:
     largest = max(float(np.abs(item.table).max(initial=0.0)) for item in (one, other)) or 1.0
     reach = one.operand.reach + other.operand.reach
     narrow = all(item.operand.encoding.spec.bits <= 8 for item in (one, other))
-    bits = _MOST_BITS - int(np.ceil(np.log2(largest)))
-    if narrow:
-        bits -= reach.bit_length()
+    bits = _WORD_BITS - reach.bit_length() if narrow else _TABLE_BITS
+    bits -= int(np.ceil(np.log2(largest)))
     sign = -1 if node.op_type == "Sub" else 1
     word = np.int32 if narrow else np.int64
     tables = (
@@ -128,6 +131,8 @@ def _rotated(
     ratio = Fraction(one.operand.scale) / Fraction(result.scale) / Fraction(2) ** bits
     bound = reach * max(int(np.abs(table).max()) for table in tables)
     fixed = fixed_point([ratio], [bound], result.encoding, close=_CLOSE)
+    if fixed.low is not None:
+        return None
     zeros = one.operand.zero_point, other.operand.zero_point
     arguments = rotate_arguments(fixed, tables, zeros, result.zero_point, result.encoding.spec)
     kind = ir.DataType.INT32 if narrow else ir.DataType.INT64

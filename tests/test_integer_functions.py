@@ -88,7 +88,7 @@ def test_rotate(word: type[np.signedinteger]) -> None:
     kind = U8 if word is np.int32 else U16
     operands = codes(kind, 5, 6, 8), codes(kind, 5, 6, 8, seed=1)
     angles = np.outer(np.arange(6), 0.3 ** np.arange(8))
-    bits = 20 if word is np.int32 else 30
+    bits = 20
     tables = tuple(np.rint(f(angles) * 2.0**bits).astype(word) for f in (np.cos, np.sin))
     zeros, to = (100, 90), result(U16, zero=30000)
     bound = 2 * kind.q_max << bits

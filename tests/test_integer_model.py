@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_quantized_graph(architecture: str, scheme: str)
     apply(LowerIo(), same)
     expected = run_model(same, feeds)[0].astype(np.int64)
     spread = expected.std()
-    assert np.abs(codes - expected).mean() < 0.02 * spread
+    assert np.abs(codes - expected).mean() < 0.05 * spread
     assert (codes.argmax(-1) == expected.argmax(-1)).mean() >= 0.85
     assert list(integer_io(integer)) == ["logits"]
 
