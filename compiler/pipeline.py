@@ -400,14 +400,21 @@ def write_files(
         "format": "qnpu-report",
         "version": 1,
         **about,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "cpu_flags": cpu_flags(),
+        **surroundings(),
         "rewrites": result.rewrites,
         "legalized": [asdict(item) for item in result.legalized],
         "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
     }
     write_outputs(folder, writers, report)
     return report
+
+
+def surroundings() -> dict[str, object]:
+    """What a result depends on besides its input, for a report."""
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cpu_flags": cpu_flags(),
+    }
 
 
 def _version(package: str) -> str:

@@ -533,6 +533,38 @@ class UnsupportedOperatorForm(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class CacheInputMissing(Rule):
+    """What it checks
+        A graph to be compiled with a cache takes the usual inputs: ``input_ids``,
+        ``attention_mask``, ``position_ids`` and ``past_key_values.N.key`` and ``.value``, and
+        returns ``present.N.key`` and ``.value``, each a Concat of the past and new entries.
+
+    Why it matters
+        Entries slide through the cache, so only the mask tells which of them are there, and only
+        positions that are fed tell how far apart they are.
+
+    Example
+        ```console
+        qnpu-compile prefill-only.onnx --context 1024
+        ```
+
+    How to fix
+        Export with ``qnpu-export --exporter optimum``.
+    """
+
+    code: ClassVar[str] = "QN118"
+    name: ClassVar[str] = "cache-input-missing"
+    value: str
+    reason: str
+
+    def message(self) -> str:
+        return f"the graph cannot be run with a cache: `{self.value}` {self.reason}"
+
+    def help(self) -> str:
+        return "export it with qnpu-export --exporter optimum"
+
+
+@dataclass(frozen=True, slots=True)
 class StreamNotRotated(Rule):
     """What it checks
         The residual stream can be rotated: embeddings and linears write to it, norms followed by
@@ -1063,6 +1095,36 @@ class PrefixInserted(Rule):
 
     def help(self) -> str:
         return "nothing to do; --prefix none leaves it out"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphsDiffer(Rule):
+    """What it checks
+        A prefill graph and a decode graph of one source hold the same tensors, planned alike, and
+        a layer's cache has one encoding, in and out, in both.
+
+    Why it matters
+        Codes go from one graph to the other: they must stand for the same numbers.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --context 1024    # with a branch that only one token takes
+        ```
+
+    How to fix
+        Export without control flow on lengths; leave out ``--promote`` and ``--online``.
+    """
+
+    code: ClassVar[str] = "QN312"
+    name: ClassVar[str] = "graphs-differ"
+    value: str
+    reason: str
+
+    def message(self) -> str:
+        return f"prefill and decode graph differ at `{self.value}`: {self.reason}"
+
+    def help(self) -> str:
+        return "export the model again, without control flow on lengths"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import shutil
 import tempfile
 from collections import Counter
@@ -82,7 +83,8 @@ def export_optimum(
 ) -> Path:
     """Export with optimum: dynamic axes, and for a task "with past" a key-value cache.
 
-    Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` where the model takes them, and
+    Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` where the model takes them (where
+    optimum would leave them out, too: a sliding cache needs them), and
     ``past_key_values.N.key|value``; outputs ``logits`` and ``present.N.key|value``. Weights and
     tokenizer are written as by ``export_dynamo``.
 
@@ -166,11 +168,43 @@ def _run_optimum(decoder: Any, folder: Path, task: str) -> Path:
     from optimum.exporters.onnx import onnx_export_from_model  # noqa: PLC0415
 
     try:
-        onnx_export_from_model(decoder, folder, task=task, do_validation=False, device="cpu")
+        configs = _with_positions(decoder, task)
+        onnx_export_from_model(
+            decoder,
+            folder,
+            task=task,
+            custom_onnx_configs=configs,
+            do_validation=False,
+            device="cpu",
+        )
         (exported,) = folder.glob("*.onnx")
     except Exception as error:  # of transformers, torch, onnx and optimum
         raise _failed("optimum", error) from error
     return exported
+
+
+def _with_positions(decoder: Any, task: str) -> dict[str, Any]:
+    """Optimum's configuration with ``position_ids``, where it has none and the model takes them."""
+    from optimum.exporters.tasks import TasksManager  # noqa: PLC0415
+
+    takes = "position_ids" in inspect.signature(decoder.forward).parameters
+    if not takes or not task.startswith("text-generation"):
+        return {}
+    make = TasksManager.get_exporter_config_constructor(
+        "onnx", model=decoder, task=task, library_name="transformers"
+    )
+    found = make(decoder.config)
+    kind: Any = type(found)
+    if "position_ids" in found.inputs:
+        return {}
+
+    def inputs(config: Any) -> dict[str, dict[int, str]]:
+        more = {"position_ids": {0: "batch_size", 1: "sequence_length"}}
+        return dict(kind.inputs.fget(config)) | more
+
+    extended = type(kind.__name__, (kind,), {"inputs": property(inputs)})
+    options = {"use_past": found.use_past, "use_past_in_inputs": found.use_past}
+    return {"model": extended(decoder.config, task=found.task, **options)}
 
 
 def _failed(exporter: str, error: BaseException) -> DiagnosticError:

@@ -24,6 +24,7 @@ FILES = {
 FORBIDDEN = {
     "passes": {
         "qnpu.compiler.pipeline",
+        "qnpu.compiler.cached_decoder",
         "qnpu.compiler.quantized_model",
         "qnpu.compiler.cli",
         "qnpu.compiler.cli_check",
@@ -33,6 +34,7 @@ FORBIDDEN = {
     "runtime_check": {
         *(name for name in FILES if name.startswith("qnpu.passes.")),
         "qnpu.compiler.pipeline",
+        "qnpu.compiler.cached_decoder",
         "qnpu.compiler.quantized_model",
         "qnpu.compiler.cli",
         "qnpu.compiler.cli_check",
@@ -48,6 +50,7 @@ MAY_IMPORT_PASSES = {
     "qnpu.compiler.pipeline",
     "qnpu.compiler.quantized_model",
     "qnpu.compiler.integer_model",
+    "qnpu.compiler.cached_decoder",
     "qnpu.compiler.cli",
 }
 MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli", "qnpu.compiler.cli_check"}

@@ -1,0 +1,275 @@
+"""One source, two graphs that share weights and caches: S tokens at a time, and one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from qnpu.compiler.caches import ENTRIES_AXIS, is_past, present_name
+from qnpu.compiler.config import CompileConfig
+from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
+from qnpu.compiler.graph_edit import name_of, static_shape
+from qnpu.compiler.integer_io import io_encodings
+from qnpu.compiler.integer_model import lower_model
+from qnpu.compiler.output import Writer, write_json, write_outputs
+from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, no_progress, run_passes
+from qnpu.compiler.pipeline import (
+    ENCODINGS_NAME,
+    CompileResult,
+    canonical_passes,
+    default_passes,
+    surroundings,
+)
+from qnpu.compiler.rules import CacheInputMissing, GraphsDiffer, InvalidConfig
+from qnpu.compiler.shared_weights import WEIGHTS_NAME, SharedWeights
+from qnpu.compiler.target import load_target
+from qnpu.compiler.verify import verify_stage
+from qnpu.passes.assign_bit_widths import AssignBitWidths
+from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.passes.insert_qdq import InsertQdq
+from qnpu.passes.legalize_target import LegalizeTarget
+from qnpu.passes.return_new_entries import ReturnNewEntries
+from qnpu.passes.tabulate_positions import TabulatePositions
+from qnpu.passes.take_encodings import TakeEncodings
+from qnpu.passes.unify_encodings import UnifyEncodings
+from qnpu.runtime_check.feeds import FeedSource
+from qnpu.runtime_check.generate import DECODE_NAME, PREFILL_NAME
+
+PREFILL_QDQ_NAME, DECODE_QDQ_NAME = "prefill.qdq.onnx", "decode.qdq.onnx"
+FILES = (WEIGHTS_NAME, PREFILL_NAME, DECODE_NAME, PREFILL_QDQ_NAME, DECODE_QDQ_NAME)
+_FED = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedDecoder:
+    """A decoder that goes on from a cache of what it has read.
+
+    Both graphs take ``input_ids`` and ``position_ids`` [1, n], ``attention_mask`` [1, C] and, for
+    each layer, past keys and values [1, heads, C - n, width]; they return ``logits`` [1, n,
+    vocabulary] and the n new entries of each cache. n is S in the prefill graph and 1 in the decode
+    graph. Past entries lie at the end: what is not there yet is masked in front of them, and the
+    caller drops the oldest for the new ones. Positions are those of the text, from 0 to C - 1.
+
+    Attributes:
+        prefill: the Q/DQ graph of S tokens and what it was made of.
+        decode: the Q/DQ graph of one token. Weights, encodings and cache codes are those of the
+            prefill graph.
+        context: C, tokens that the cache and the run together hold.
+    """
+
+    prefill: CompileResult
+    decode: ir.Model
+    context: int
+
+
+def compile_cached(
+    model: ir.Model,
+    config: CompileConfig,
+    context: int,
+    calibration: FeedSource,
+    progress: ProgressCallback = no_progress,
+) -> CachedDecoder:
+    """Float ONNX with dynamic lengths in, a prefill and a decode graph out, both static Q/DQ.
+
+    The prefill graph is compiled as any other, on text with nothing in the cache. The decode graph
+    goes through the same passes on the graph, and takes bit plan, encodings and codes from it.
+
+    Args:
+        model: as exported "with past"; changed in place, it becomes the prefill graph.
+        config: what to do; ``seq_len`` is S.
+        context: C, more than S.
+        calibration: windows of S tokens.
+        progress: called with a step's name and the fraction of it that is done.
+
+    Raises:
+        DiagnosticError: QN118 inputs or outputs of a cache are missing, QN312 the graphs do not
+            agree, QN503 lengths or options that do not go together; and what ``compile_model``
+            raises.
+    """
+    _check_options(config, context)
+    _check_interface(model.graph)
+    config = replace(config, integer_io=False, integer=False)
+    second = Compilation(model.clone(), load_target(config.target))
+    result = _compile_prefill(model, config, context, calibration, progress)
+    floats = result.float_model.graph.initializers
+    constants = {name: v.const_value for name, v in floats.items() if v.const_value is not None}
+    second.bit_plan = replace(result.bit_plan, specs={})  # sensitivities are not measured again
+    passes = default_passes(config, calibration)
+    (widths,) = [item for item in passes if isinstance(item, AssignBitWidths)]
+    decode_passes: list[Pass] = [
+        *_float_passes(config, 1, context, calibration),
+        widths,
+        TakeEncodings(result.bit_plan, result.encodings, constants),
+        InsertQdq(),
+        LegalizeTarget(),
+    ]
+    run_passes(decode_passes, second, after_pass=lambda done: verify_stage(second))
+    decoder = CachedDecoder(result, second.model, context)
+    _check_ties(decoder)
+    return decoder
+
+
+def _float_passes(
+    config: CompileConfig, tokens: int, context: int, calibration: FeedSource
+) -> list[Pass]:
+    """Every pass before bit widths, for so many tokens at a time."""
+    passes = default_passes(config, calibration)
+    first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
+    canonical = canonical_passes(config)
+    kept = tuple({*config.keep_inputs, *_FED})
+    return [
+        FreezeShapes(config.freeze_dims, tokens, context - tokens, kept),
+        ReturnNewEntries(),
+        *canonical[1:],
+        TabulatePositions(context),
+        *passes[len(canonical) : first],
+    ]
+
+
+def _compile_prefill(
+    model: ir.Model,
+    config: CompileConfig,
+    context: int,
+    calibration: FeedSource,
+    progress: ProgressCallback,
+) -> CompileResult:
+    compilation = Compilation(model, load_target(config.target))
+    snapshots: dict[str, ir.Model] = {}
+
+    def after_pass(done: Pass) -> None:
+        verify_stage(compilation)
+        if done.name in (ReturnNewEntries.name, UnifyEncodings.name):
+            snapshots[done.name] = model.clone()
+        if done.name == FreezeShapes.name:
+            _check_lengths(model.graph, config.seq_len, context)
+
+    passes = default_passes(config, calibration, progress)
+    first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
+    floats = _float_passes(config, config.seq_len, context, calibration)
+    rewrites = run_passes([*floats, *passes[first:]], compilation, after_pass=after_pass)
+    return CompileResult(
+        model=model,
+        float_model=snapshots[UnifyEncodings.name],
+        source_model=snapshots[ReturnNewEntries.name],
+        bit_plan=compilation.bit_plan,
+        encodings=compilation.encodings,
+        diagnostics=compilation.diagnostics,
+        rewrites=rewrites,
+        legalized=compilation.legalized,
+        learning=compilation.learning,
+    )
+
+
+def write_cached(
+    folder: Path,
+    decoder: CachedDecoder,
+    about: dict[str, object],
+    more: Mapping[str, Writer] = MappingProxyType({}),
+) -> dict[str, object]:
+    """Writes both graphs, on integers and Q/DQ, with one file of weights; all files or none.
+
+    Args:
+        folder: where to.
+        decoder: from ``compile_cached``.
+        about: command, input and configuration, for the report.
+        more: file name → what writes it.
+
+    Returns:
+        The report, as written to report.json.
+
+    Raises:
+        DiagnosticError: QN401 an operator has no integer form; QN901, QN902.
+    """
+    result = decoder.prefill
+    real = [result.model, decoder.decode]
+    graphs = [*map(lower_model, real), *real]
+    weights = SharedWeights(graphs)
+    writers: dict[str, Writer] = {WEIGHTS_NAME: weights.write}
+    for name, model in zip(FILES[1:], graphs, strict=True):
+        writers[name] = partial(weights.save_model, model)
+    writers |= {
+        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
+        ENCODINGS_NAME: lambda path: write_json(result.encodings.to_json(), path),
+    }
+    report: dict[str, object] = {
+        "format": "qnpu-report",
+        "version": 1,
+        **about,
+        **surroundings(),
+        "context": decoder.context,
+        "rewrites": result.rewrites,
+        "legalized": [asdict(item) for item in result.legalized],
+        "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
+    }
+    write_outputs(folder, writers | dict(more), report)
+    return report
+
+
+def _check_options(config: CompileConfig, context: int) -> None:
+    if context <= config.seq_len:
+        reason = f"{context} leaves no room for a cache beside {config.seq_len} tokens"
+        raise DiagnosticError(InvalidConfig("context", reason).at())
+    if config.prefix != "none":
+        reason = "a cache slides, constant keys and values in front of it do not"
+        raise DiagnosticError(InvalidConfig("prefix", reason).at())
+
+
+def _check_lengths(graph: ir.Graph, tokens: int, context: int) -> None:
+    """Nothing of ``freeze_dims`` may say otherwise."""
+    for value in graph.inputs:
+        shape = static_shape(value) or ()
+        wanted = {"attention_mask": context, "input_ids": tokens, "position_ids": tokens}
+        size = shape[ENTRIES_AXIS] if is_past(value) else shape[-1]
+        expected = context - tokens if is_past(value) else wanted.get(name_of(value), size)
+        if size != expected:
+            reason = (
+                f"`{value.name}` is {list(shape)}, which holds {expected} where a cache is used"
+            )
+            raise DiagnosticError(InvalidConfig("freeze_dims", reason).at())
+
+
+def _check_interface(graph: ir.Graph) -> None:
+    """QN118 for each input that is missing and each cache that nothing comes out for."""
+    inputs, outputs = ({name_of(v) for v in values} for values in (graph.inputs, graph.outputs))
+    faults = [_missing(name, "is no input") for name in _FED if name not in inputs]
+    past = [name_of(value) for value in graph.inputs if is_past(value)]
+    if not past:
+        faults.append(_missing("past_key_values.0.key", "is no input"))
+    faults += [
+        _missing(present_name(name), "is no output")
+        for name in past
+        if present_name(name) not in outputs
+    ]
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def _missing(name: str, reason: str) -> Diagnostic:
+    return CacheInputMissing(name, reason).at(value=name)
+
+
+def _check_ties(decoder: CachedDecoder) -> None:
+    """One encoding for a cache, in and out, in both graphs, and only new entries out."""
+    faults: list[Diagnostic] = []
+    known = [io_encodings(model) for model in (decoder.prefill.model, decoder.decode)]
+    for name in cache_names(decoder.decode.graph):
+        found = [table.get(key) for table in known for key in (name, present_name(name))]
+        if any(item is None or found[0] is None or not item.same_as(found[0]) for item in found):
+            reason = "a cache has not one encoding, in and out, in both graphs"
+            faults.append(GraphsDiffer(name, reason).at(value=name))
+    for value in decoder.decode.graph.outputs:
+        shape = static_shape(value) or ()
+        if name_of(value).startswith("present") and shape[ENTRIES_AXIS] != 1:
+            faults.append(_missing(name_of(value), "is no Concat of past and new entries"))
+    if faults:
+        raise DiagnosticError(faults)
+
+
+def cache_names(graph: ir.Graph) -> Iterator[str]:
+    """Inputs that hold a cache, in graph order."""
+    yield from (name_of(value) for value in graph.inputs if is_past(value))
