@@ -29,6 +29,7 @@ _KINDS = {
     "Sub": "add",
     "Where": "layout",
 }
+_KINDS_OF_FUNCTIONS = {"IntLookup": "lookup", "IntRotate": "rotary"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,11 +70,27 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """linear, add, layout, conversion, multiply, softmax, norm or lookup."""
+        """linear, add, layout, conversion, multiply, softmax, norm, lookup or rotary.
+
+        It is the operator's, but for functions that take the place of several operators.
+        """
+        functions = {item.op_type for item in self.nodes}
+        if len(functions) == 1 and functions <= set(_KINDS_OF_FUNCTIONS):
+            return _KINDS_OF_FUNCTIONS[functions.pop()]
         node = self.operator
         if node is None:
             return "conversion"
         return "layout" if layout_inputs(node) else _KINDS.get(node.op_type, "lookup")
+
+    @property
+    def skipped(self) -> tuple[ir.Node, ...]:
+        """QuantizeLinear nodes within, whose rounding and clipping the integer function leaves out.
+
+        Any other function does what the Q/DQ graph does, inner roundings included.
+        """
+        if self.kind != "rotary":
+            return ()
+        return tuple(node for node in self.reference_nodes if node.op_type == QUANTIZE)
 
 
 def units(qdq: ir.Graph, integer: ir.Graph) -> list[Unit]:
@@ -89,8 +106,8 @@ def units(qdq: ir.Graph, integer: ir.Graph) -> list[Unit]:
     names |= {twin: name_of(value) for value, twin in pairs.items()}
     found: list[Unit] = []
     for value, twin in pairs.items():
-        reference_nodes, reference_takes = _cone(_unrounded(value), pairs, order)
-        nodes, takes = _cone(twin, names, order)
+        reference_nodes, reference_takes = cone(_unrounded(value), pairs, order)
+        nodes, takes = cone(twin, names, order)
         found.append(
             Unit(
                 reference=value,
@@ -153,10 +170,16 @@ def _unrounded(codes: ir.Value) -> ir.Value:
     return codes if before is None else before
 
 
-def _cone(
+def cone(
     value: ir.Value, cuts: Collection[ir.Value], order: Mapping[ir.Node, int]
 ) -> tuple[tuple[ir.Node, ...], list[ir.Value]]:
-    """The nodes that a value is made by, in order, back to the cuts, and what those take."""
+    """The nodes that a value is made by, in order, back to the cuts, and what those take.
+
+    Args:
+        value: its own producer belongs to them even where it is a cut.
+        cuts: values to stop at, beside inputs of the graph and initializers.
+        order: place of every node.
+    """
     producer = value.producer()
     if producer is None:
         return (), [value]

@@ -8,11 +8,14 @@ that later nodes take.
 
 Now and then the exact result lies halfway between two codes. QuantizeLinear then takes the even
 one, integer functions the upper one: both count as right, and such places are counted.
+
+An integer function that rounds once where the Q/DQ graph rounds several times (``rotary``) is
+measured against the exact result rounded once; how far it is from the Q/DQ graph is told beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -26,7 +29,7 @@ from qnpu.compiler.operands import QUANTIZE, input_operand
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.compiler.quant_types import widened
 from qnpu.compiler.quantized_results import real_constant
-from qnpu.runtime_check.paired_nodes import Unit, units
+from qnpu.runtime_check.paired_nodes import Unit, cone, units
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 from qnpu.runtime_check.torch_executor import TorchExecutor
 from qnpu.runtime_check.torch_operator import shared
@@ -34,6 +37,8 @@ from qnpu.runtime_check.torch_operator import shared
 _CHUNK = 2**20
 _MOST_LSB = 4
 _SUM_BITS = 31
+_JOIN = "IntJoin"
+_ACCUMULATORS = ("MatMulInteger", _JOIN)
 _EXACT = frozenset({"add", "conversion", "layout", "linear"})
 
 
@@ -46,7 +51,7 @@ class TensorParity:
         operator: of the Q/DQ graph that makes it; ``Convert`` for a change of encoding.
         node: name of that node.
         functions: operators of the integer graph in its place, in order.
-        kind: linear, add, layout, conversion, multiply, softmax, norm or lookup.
+        kind: see ``Unit``.
         bits: of a code.
         elements: compared, over all batches.
         histogram: how many codes are 0, 1, 2, 3, 4 and more LSB off.
@@ -54,6 +59,9 @@ class TensorParity:
         beyond: by how much codes that are off are farther than half an LSB from the exact result;
             LSB, of the farthest; 0 where none is off.
         ties: places where the exact result lies halfway and the two ways to round differ.
+        skipped: codes of the Q/DQ graph whose rounding and clipping the function leaves out; they
+            are left out of the exact result, too.
+        max_lsb_rounded: of the code that is farthest off what the Q/DQ graph gives with them.
     """
 
     name: str
@@ -67,6 +75,8 @@ class TensorParity:
     max_lsb: int
     beyond: float
     ties: int
+    skipped: tuple[str, ...]
+    max_lsb_rounded: int
 
     @property
     def limit(self) -> int:
@@ -82,16 +92,18 @@ class TensorParity:
 
 @dataclass(frozen=True, slots=True)
 class AccumulatorParity:
-    """The sums of one MatMulInteger, which are int32.
+    """Sums that are int32.
 
     Attributes:
-        node: its name.
+        node: what makes them.
+        operator: MatMulInteger, or IntJoin, which adds those of high and low bytes.
         constant: one operand is a weight, whose codes give the bound; else the depth gives it.
         bound_bits: of the greatest magnitude that any input can lead to.
         seen_bits: of the greatest magnitude there was.
     """
 
     node: str
+    operator: str
     constant: bool
     bound_bits: int
     seen_bits: int
@@ -111,7 +123,7 @@ class KindSummary:
         elements: of all of them.
         equal: share of codes that are not off.
         max_lsb: of the code that is farthest off.
-        ties: see ``TensorParity``.
+        max_lsb_rounded: see ``TensorParity``, as ``ties``.
         passed: every tensor is within its limit.
     """
 
@@ -120,6 +132,7 @@ class KindSummary:
     elements: int
     equal: float
     max_lsb: int
+    max_lsb_rounded: int
     ties: int
     passed: bool
 
@@ -177,6 +190,7 @@ def _summary(kind: str, tensors: Sequence[TensorParity]) -> KindSummary:
         elements=elements,
         equal=sum(tensor.histogram[0] for tensor in tensors) / max(elements, 1),
         max_lsb=max(tensor.max_lsb for tensor in tensors),
+        max_lsb_rounded=max(tensor.max_lsb_rounded for tensor in tensors),
         ties=sum(tensor.ties for tensor in tensors),
         passed=all(tensor.passed for tensor in tensors),
     )
@@ -216,7 +230,7 @@ def parity_certificate(
     made = [node.outputs[0] for node in qdq.graph if node.op_type == QUANTIZE]
     return ParityCertificate(
         tensors=tuple(tensors),
-        accumulators=tuple(sums.found(integer.graph)),
+        accumulators=tuple(sums.found(integer)),
         unmatched=tuple(name_of(value) for value in made if value not in matched),
         unchecked=tuple(name_of(node) for node in integer.graph if node not in run_nodes),
     )
@@ -252,7 +266,7 @@ def _compare(
     Returns:
         None where the codes are an input of the integer graph.
     """
-    grid, tally = _Grid.of(unit), _Tally()
+    grid, tally, rounded = _Grid.of(unit), _Tally(), _Tally()
     executor = TorchExecutor(unit.reference_nodes, dtype=torch.float64)
     products = sums.new(unit.nodes)
     outputs = [unit.result, *(node.outputs[0] for node in products)]
@@ -261,18 +275,24 @@ def _compare(
         proto = subgraph_proto(unit.nodes, list(unit.takes), outputs, integer)
         session = open_session(proto, Mode.REFERENCE)
     for codes in held:
-        exact = _exact(unit, executor, codes) / grid.scale
+        inputs = _inputs(unit, codes)
+        exact = _run(executor, inputs, unit.exact) / grid.scale
         codes[name_of(unit.reference)] = grid.rounded(exact, unit.reference)
         if session is not None:
             feeds = {name_of(value): codes[name] for value, name in unit.takes.items()}
             got, *seen = run(session, [name_of(value) for value in outputs], feeds)
             for node, array in zip(products, seen, strict=True):
                 sums.see(node, array)
-            tally.add_all(exact, got, grid)
-    return _tensor_parity(unit, tally) if unit.nodes else None
+            rounded.add_all(exact, got, grid)
+            if unit.skipped:
+                exact = _run(executor, _unrounded(unit, executor, inputs), unit.exact) / grid.scale
+                tally.add_all(exact, got, grid)
+    if not unit.nodes:
+        return None
+    return _tensor_parity(unit, tally if unit.skipped else rounded, rounded.max_lsb)
 
 
-def _tensor_parity(unit: Unit, tally: _Tally) -> TensorParity:
+def _tensor_parity(unit: Unit, tally: _Tally, max_lsb_rounded: int) -> TensorParity:
     node = unit.operator
     return TensorParity(
         name=name_of(unit.result),
@@ -286,17 +306,38 @@ def _tensor_parity(unit: Unit, tally: _Tally) -> TensorParity:
         max_lsb=tally.max_lsb,
         beyond=tally.beyond,
         ties=tally.ties,
+        skipped=tuple(name_of(item.outputs[0]) for item in unit.skipped),
+        max_lsb_rounded=max_lsb_rounded,
     )
 
 
-def _exact(unit: Unit, executor: TorchExecutor, codes: _Codes) -> NDArray[np.float64]:
-    """The result before it is rounded, real units."""
-    inputs = {name: _tensor(codes[name]) for name in unit.reference_takes}
-    name = name_of(unit.exact)
+def _inputs(unit: Unit, codes: _Codes) -> dict[str, Tensor]:
+    """What the Q/DQ graph's nodes take."""
+    return {name: _tensor(codes[name]) for name in unit.reference_takes} | _exponents(unit)
+
+
+def _run(
+    executor: TorchExecutor, inputs: Mapping[str, Tensor], value: ir.Value
+) -> NDArray[np.float64]:
+    """A value before it is rounded, real units."""
     with torch.inference_mode():
-        found = executor.run(inputs | _exponents(unit), [name])[name]
+        found = executor.run(inputs, [name_of(value)])[name_of(value)]
         real: NDArray[np.float64] = found.double().numpy()
     return real
+
+
+def _unrounded(
+    unit: Unit, executor: TorchExecutor, inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Inputs, and in the place of each skipped pair's result what went into the pair."""
+    known = dict(inputs)
+    for quantize in unit.skipped:
+        real = quantize.inputs[0]
+        if real is not None:
+            tensor = torch.from_numpy(_run(executor, known, real))
+            users = quantize.outputs[0].consumers()
+            known |= {name_of(dequantize.outputs[0]): tensor for dequantize in users}
+    return known
 
 
 def _tensor(array: Array) -> Tensor:
@@ -386,63 +427,99 @@ class _Tally:
 
 
 class _Sums:
-    """Greatest sums of every MatMulInteger that was run."""
+    """Greatest sums of every node that makes some and was run."""
 
     def __init__(self) -> None:
         self._seen: dict[ir.Node, int] = {}
 
     def new(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
         """Those of some nodes that make sums and have not been run yet."""
-        return [n for n in nodes if n.op_type == "MatMulInteger" and n not in self._seen]
+        return [n for n in nodes if n.op_type in _ACCUMULATORS and n not in self._seen]
 
     def see(self, node: ir.Node, sums: Array) -> None:
         """Notes sums of a node."""
         greatest = max(int(sums.max(initial=0)), -int(sums.min(initial=0)))
         self._seen[node] = max(self._seen.get(node, 0), greatest)
 
-    def found(self, graph: ir.Graph) -> list[AccumulatorParity]:
+    def found(self, model: ir.Model) -> list[AccumulatorParity]:
         """All of them, in graph order."""
-        return [
-            AccumulatorParity(
-                node=name_of(node),
-                constant=_weight(node) is not None,
-                bound_bits=_bound(node).bit_length(),
-                seen_bits=self._seen[node].bit_length(),
-            )
-            for node in graph
-            if node in self._seen
-        ]
+        nodes = [node for node in model.graph if node in self._seen]
+        return [self._found(node, _Product.of(node, model)) for node in nodes]
+
+    def _found(self, node: ir.Node, product: _Product) -> AccumulatorParity:
+        return AccumulatorParity(
+            node=name_of(node),
+            operator=node.op_type,
+            constant=product.weight is not None,
+            bound_bits=product.bound.bit_length(),
+            seen_bits=self._seen[node].bit_length(),
+        )
 
 
-def _bound(node: ir.Node) -> int:
-    """Greatest magnitude of a MatMulInteger's sums, whatever comes in."""
-    reach = _reach(node, 0)
-    weight = _weight(node)
-    if weight is not None:
-        return int(np.abs(weight).sum(axis=-2).max()) * reach
-    depth = last_dimension(node.inputs[0])
-    if depth is None:
-        raise ValueError(f"depth of {name_of(node)} is not known")
-    return depth * reach * _reach(node, 1)
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """What is known of a product of codes before it is run.
+
+    Attributes:
+        reaches: greatest distance of either operand's codes from their zero point, LSB.
+        depth: products per sum.
+        weight: codes of a constant second operand less their zero point, shape (depth, channels).
+    """
+
+    reaches: tuple[int, int]
+    depth: int
+    weight: NDArray[np.int64] | None
+
+    @classmethod
+    def of(cls, node: ir.Node, model: ir.Model) -> _Product:
+        """That of a MatMulInteger, or of the two whose sums an IntJoin adds.
+
+        Raises:
+            ValueError: depth is not static.
+        """
+        halves = [v.producer() for v in node.inputs[:2] if v] if node.op_type == _JOIN else [node]
+        parts = [half for half in halves if half is not None]
+        first, second = parts[0].inputs[:2]
+        weight = _constant(second, model)
+        depth = last_dimension(first) or (weight.shape[-2] if weight is not None else None)
+        if depth is None:
+            raise ValueError(f"depth of {name_of(node)} is not known")
+        zero = 0
+        for part in parts:
+            zero = 256 * zero + _zero_point(part, 0)
+        own = _zero_point(parts[0], 1)
+        bits = 8 * len(parts)
+        signed = first is not None and first.dtype is ir.DataType.INT8
+        reach = _reach(bits, zero, signed=signed)
+        other = _reach(8, own, signed=second is not None and second.dtype is ir.DataType.INT8)
+        return cls((reach, other), depth, None if weight is None else weight - own)
+
+    @property
+    def bound(self) -> int:
+        """Greatest magnitude of a sum, whatever comes in."""
+        reach, other = self.reaches
+        if self.weight is not None:
+            return int(np.abs(self.weight).sum(axis=-2).max()) * reach
+        return self.depth * reach * other
 
 
-def _weight(node: ir.Node) -> NDArray[np.int64] | None:
-    """Codes of a constant second operand less their zero point, shape (…, features, channels)."""
-    value = node.inputs[1]
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Cast":  # 4-bit codes, unpacked
-        value = producer.inputs[0]
-    codes = constant_array(value)
-    return None if codes is None else widened(codes).astype(np.int64) - _zero_point(node, 1)
-
-
-def _reach(node: ir.Node, index: int) -> int:
-    """Greatest distance of an operand's codes from their zero point, LSB."""
-    value, zero = node.inputs[index], _zero_point(node, index)
-    ends = np.iinfo(np.int8 if value is not None and value.dtype is ir.DataType.INT8 else np.uint8)
-    return max(int(ends.max) - zero, zero - int(ends.min))
+def _reach(bits: int, zero_point: int, *, signed: bool) -> int:
+    low = -(1 << (bits - 1)) if signed else 0
+    return max(low + (1 << bits) - 1 - zero_point, zero_point - low)
 
 
 def _zero_point(node: ir.Node, index: int) -> int:
     zero = constant_array(node.inputs[index + 2]) if len(node.inputs) > index + 2 else None
     return 0 if zero is None else int(zero.item())
+
+
+def _constant(value: ir.Value | None, model: ir.Model) -> NDArray[np.int64] | None:
+    """A weight's codes: an initializer, or what Cast and Slice make of one; else None."""
+    codes = constant_array(value)
+    if value is None or codes is not None:
+        return None if codes is None else widened(codes).astype(np.int64)
+    nodes, takes = cone(value, (), {node: index for index, node in enumerate(model.graph)})
+    if takes:
+        return None
+    session = open_session(subgraph_proto(nodes, [], [value], model), Mode.REFERENCE)
+    return run(session, [name_of(value)], {})[0].astype(np.int64)

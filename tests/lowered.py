@@ -9,12 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.config import CompileConfig
+from qnpu.compiler.integer_model import lower_model
 from qnpu.compiler.pass_base import Compilation, run_passes
 from qnpu.compiler.pipeline import default_passes
 from qnpu.passes.fold_norm_scale import FoldNormScale
-from qnpu.passes.fold_requantize import FoldRequantize
-from qnpu.passes.lower_io import LowerIo
-from qnpu.passes.lower_nonlinear import LowerNonlinear
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.session import Feeds
 from tests.decoders import LENGTH, canonical
@@ -50,7 +48,5 @@ def _lowered(architecture: str, scheme: str) -> Lowered:
     passes = default_passes(config, WINDOWS)
     first = [item.name for item in passes].index(FoldNormScale.name)
     run_passes(passes[first:], compilation, after_pass=lambda done: None)
-    qdq = compilation.model.clone()
-    steps = [LowerIo(), LowerNonlinear(), FoldRequantize()]
-    run_passes(steps, compilation, after_pass=lambda done: None)
-    return Lowered(qdq, compilation.model, WINDOWS.feeds(qdq.graph.inputs))
+    qdq = compilation.model
+    return Lowered(qdq, lower_model(qdq), WINDOWS.feeds(qdq.graph.inputs))

@@ -18,23 +18,18 @@ def functions(unit: Unit) -> list[str]:
     return [node.op_type for node in unit.nodes]
 
 
-def of(found: list[Unit], kind: str, bits: int) -> list[Unit]:
-    return [
-        u for u in found if u.kind == kind and u.result.dtype and u.result.dtype.bitwidth == bits
-    ]
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_units_cover_both_graphs(architecture: str) -> None:
     made = lowered(architecture, "w8a8")
     found = units(made.qdq.graph, made.integer.graph)
     quantizers = [n for n in made.qdq.graph if n.op_type == "QuantizeLinear"]
-    assert [unit.quantize for unit in found] == quantizers
+    ends = [unit.quantize for unit in found]
+    assert [node for node in quantizers if node in ends] == ends
     assert {node for unit in found for node in unit.nodes} == set(made.integer.graph)
-    rounding = {node for unit in found for node in unit.reference_nodes} | set(quantizers)
+    computed = {node for unit in found for node in unit.reference_nodes} | set(ends)
     last = made.qdq.graph.outputs[0].producer()
-    assert set(made.qdq.graph) - rounding == {last}
-    assert {name_of(unit.result) for unit in found} >= {"logits"}
+    assert set(made.qdq.graph) - computed == {last}
+    assert name_of(found[-1].result) == "logits"
 
 
 def test_units_take_what_is_there() -> None:
@@ -51,7 +46,7 @@ def test_helpers_belong_to_the_node_behind_them() -> None:
     forms = {tuple(functions(unit)) for unit in found if unit.kind == "linear"}
     two_bytes = ("IntSplit", "MatMulInteger", "MatMulInteger")
     assert all(form[: len(two_bytes)] == two_bytes for form in forms)
-    assert {form[len(two_bytes) :] for form in forms} <= {("IntAdd",), ("IntAddFine",)}
+    assert all(len(form) > len(two_bytes) for form in forms)
     assert all(len(unit.nodes) == 1 for unit in found if unit.kind != "linear")
 
 
@@ -64,7 +59,7 @@ def test_kinds() -> None:
     assert kinds["softmax"] == operators["Softmax"]
     assert kinds["norm"] == operators["RMSNormalization"] > 0
     assert kinds["add"] == operators["Add"] + operators["Sub"]
-    assert kinds["lookup"] == operators["Pow"] + operators["Tanh"]
+    assert kinds["lookup"] >= operators["Pow"] + operators["Tanh"] > 0
     assert kinds["conversion"] == sum(unit.operator is None for unit in found) > 0
 
 
