@@ -6,13 +6,20 @@ import onnx_ir as ir
 
 from qnpu.compiler.pass_base import Compilation, Pass, Stage, run_passes
 from qnpu.compiler.verify import verify_stage
+from qnpu.passes.fold_conversions import FoldConversions
 from qnpu.passes.fold_requantize import FoldRequantize
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.lower_nonlinear import LowerNonlinear
 from qnpu.passes.lower_rotary import LowerRotary
 
 INTEGER_NAME = "model.int.onnx"
-PASSES: tuple[Pass, ...] = (LowerIo(), LowerRotary(), LowerNonlinear(), FoldRequantize())
+PASSES: tuple[Pass, ...] = (
+    LowerIo(),
+    FoldConversions(),
+    LowerRotary(),
+    LowerNonlinear(),
+    FoldRequantize(),
+)
 
 
 def lower_model(model: ir.Model) -> ir.Model:
