@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qnpu.compiler.op_traits import is_standard
+from qnpu.compiler.op_traits import is_standard, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
@@ -28,7 +28,7 @@ class FoldConversions(Pass):
     cases. Meant for integer graphs, where each rounding costs several operators; an NPU's own
     operators may want the wider type.
 
-    Must not fire on sums and products with weights, where the wide codes are read elsewhere or are
+    Must not fire on sums and products with weights, on layout operators, where the wide codes are read elsewhere or are
     an output, on what is no operator of ONNX, or where the second type is not narrower.
     """
 
@@ -42,7 +42,7 @@ class FoldConversions(Pass):
         for node in list(model.graph):
             if not is_standard(node) or node.op_type in (*_EXACT, QUANTIZE, DEQUANTIZE):
                 continue
-            if len(node.outputs) == 1 and _fold(node.outputs[0]):
+            if len(node.outputs) == 1 and not layout_inputs(node) and _fold(node.outputs[0]):
                 count += 1
         if count:
             common.RemoveUnusedNodesPass()(model)

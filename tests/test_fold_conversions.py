@@ -54,6 +54,7 @@ def test_codes_differ_by_one_at_most_and_are_nearer() -> None:
     "text",
     [
         graph("Add(x, x)"),  # exact as it is
+        graph("Transpose<perm = [0, 1]>(x)"),
         graph(body="w = Identity(wide)", outputs="uint8[2, 300] y, uint16[2, 300] w"),
         graph(body="w = Identity(real)", outputs="uint8[2, 300] y, float[2, 300] w"),
         graph(outputs="uint8[2, 300] y, uint16[2, 300] wide"),
@@ -61,7 +62,7 @@ def test_codes_differ_by_one_at_most_and_are_nearer() -> None:
         .replace("float t = {0.2}, uint8 o = {100}", "float t = {0.2}, uint16 o = {100}")
         .replace("uint8[", "uint16["),
     ],
-    ids=["sum", "codes read", "numbers read", "an output", "not narrower"],
+    ids=["sum", "layout", "codes read", "numbers read", "an output", "not narrower"],
 )
 def test_must_not_fire(text: str) -> None:
     assert_keeps(FoldConversions(), text)
