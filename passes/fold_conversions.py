@@ -28,8 +28,9 @@ class FoldConversions(Pass):
     cases. Meant for integer graphs, where each rounding costs several operators; an NPU's own
     operators may want the wider type.
 
-    Must not fire on sums and products with weights, on layout operators, where the wide codes are read elsewhere or are
-    an output, on what is no operator of ONNX, or where the second type is not narrower.
+    Must not fire on sums and products with weights, on layout operators, where the wide codes are
+    read elsewhere or are an output, on what is no operator of ONNX, or where the second type is not
+    narrower.
     """
 
     name: ClassVar[str] = "fold-conversions"
