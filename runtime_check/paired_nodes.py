@@ -29,6 +29,8 @@ _KINDS = {
     "Sub": "add",
     "Where": "layout",
 }
+EXACT_KINDS = frozenset({"add", "conversion", "layout", "linear"})
+"""Kinds of which the integer function gives the Q/DQ graph's codes, every rounding included."""
 _KINDS_OF_FUNCTIONS = {"IntLookup": "lookup", "IntRotate": "rotary"}
 
 
@@ -65,7 +67,9 @@ class Unit:
     @property
     def operator(self) -> ir.Node | None:
         """The node of the Q/DQ graph that computes; None for a change of encoding."""
-        producer = self.exact.producer()
+        conversions = self._conversions
+        before = conversions[-1].inputs[0] if conversions else self.exact
+        producer = before.producer() if before is not None else None
         return None if producer is None or producer.op_type == DEQUANTIZE else producer
 
     @property
@@ -86,11 +90,31 @@ class Unit:
     def skipped(self) -> tuple[ir.Node, ...]:
         """QuantizeLinear nodes within, whose rounding and clipping the integer function leaves out.
 
-        Any other function does what the Q/DQ graph does, inner roundings included.
+        Of a rotation these are both products', of a result that is narrowed the wide ones. All
+        other functions do what the Q/DQ graph does, inner roundings included.
         """
-        if self.kind != "rotary":
+        if self.kind in EXACT_KINDS:
             return ()
-        return tuple(node for node in self.reference_nodes if node.op_type == QUANTIZE)
+        within = [node for node in self.reference_nodes if node.op_type == QUANTIZE]
+        left_out = within if self.kind == "rotary" else self._conversions
+        return tuple(node for node in within if node in left_out)
+
+    @property
+    def _conversions(self) -> list[ir.Node]:
+        """QuantizeLinear nodes that a result goes through before its last one, latest first."""
+        found: list[ir.Node] = []
+        value: ir.Value | None = self.exact
+        while value is not None:
+            dequantize = value.producer()
+            if dequantize is None or dequantize.op_type != DEQUANTIZE:
+                break
+            codes = dequantize.inputs[0]
+            quantize = _quantizer(codes) if codes is not None else None
+            if quantize is None or quantize not in self.reference_nodes:
+                break
+            found.append(quantize)
+            value = quantize.inputs[0]
+        return found
 
 
 def units(qdq: ir.Graph, integer: ir.Graph) -> list[Unit]:

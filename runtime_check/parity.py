@@ -9,8 +9,8 @@ that later nodes take.
 Now and then the exact result lies halfway between two codes. QuantizeLinear then takes the even
 one, integer functions the upper one: both count as right, and such places are counted.
 
-An integer function that rounds once where the Q/DQ graph rounds several times (``rotary``) is
-measured against the exact result rounded once; how far it is from the Q/DQ graph is told beside it.
+An integer function that rounds once where the Q/DQ graph rounds several times is measured against
+the exact result rounded once; how far it is from the Q/DQ graph is told beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qnpu.compiler.operands import QUANTIZE, input_operand
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.compiler.quant_types import widened
 from qnpu.compiler.quantized_results import real_constant
-from qnpu.runtime_check.paired_nodes import Unit, cone, units
+from qnpu.runtime_check.paired_nodes import EXACT_KINDS, Unit, cone, units
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 from qnpu.runtime_check.torch_executor import TorchExecutor
 from qnpu.runtime_check.torch_operator import shared
@@ -39,7 +39,6 @@ _MOST_LSB = 4
 _SUM_BITS = 31
 _JOIN = "IntJoin"
 _ACCUMULATORS = ("MatMulInteger", _JOIN)
-_EXACT = frozenset({"add", "conversion", "layout", "linear"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class TensorParity:
     @property
     def limit(self) -> int:
         """LSB that a code may be off; none where the integer function is exact."""
-        if self.kind in _EXACT:
+        if self.kind in EXACT_KINDS:
             return 0
         return 1 if self.bits <= 8 else 4
 

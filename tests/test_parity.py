@@ -389,3 +389,25 @@ def test_any_other_function_rounds_as_often_as_the_graph() -> None:
     (tensor,) = parity_certificate(parse(PRODUCTS), spelt_out, [feeds]).tensors
     assert (tensor.kind, tensor.skipped, tensor.max_lsb) == ("add", (), 72)
     assert not tensor.passed
+
+
+NARROWED = """
+    g (uint8[3] x) => (uint8[3] y)
+    <float s = {0.25}, float t = {1}, float u = {4}, uint8 z = {0}, uint16 zero = {0}>
+    {
+        d = DequantizeLinear(x, s, z)
+        h = Relu(d)
+        wide = QuantizeLinear(h, t, zero)
+        wd = DequantizeLinear(wide, t, zero)
+        y = QuantizeLinear(wd, u, z)
+    }
+"""
+
+
+def test_a_result_that_is_narrowed_is_rounded_once() -> None:
+    """5.75 is 1.4375 LSB, so 1; by way of 6, which is 1.5 LSB, it is 2."""
+    found = small(NARROWED, [{"x": np.array([23, 8, 40], np.uint8)}])
+    (tensor,) = found.tensors
+    assert (tensor.operator, tensor.kind, tensor.skipped) == ("Relu", "lookup", ("wide",))
+    assert (tensor.histogram[0], tensor.max_lsb, tensor.max_lsb_rounded) == (3, 0, 1)
+    assert found.passed
