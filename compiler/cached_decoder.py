@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import onnx_ir as ir
 
-from qnpu.compiler.caches import ENTRIES_AXIS, is_past, present_name
+from qnpu.compiler.caches import CACHED_INPUTS, ENTRIES_AXIS, is_past, present_name
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
@@ -19,11 +20,14 @@ from qnpu.compiler.integer_model import lower_model
 from qnpu.compiler.output import Writer, write_json, write_outputs
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, no_progress, run_passes
 from qnpu.compiler.pipeline import (
+    BIT_PLAN_NAME,
     ENCODINGS_NAME,
+    CheckResult,
     CompileResult,
     canonical_passes,
     default_passes,
-    surroundings,
+    findings,
+    make_report,
 )
 from qnpu.compiler.rules import CacheInputMissing, GraphsDiffer, InvalidConfig
 from qnpu.compiler.shared_weights import WEIGHTS_NAME, SharedWeights
@@ -39,10 +43,12 @@ from qnpu.passes.take_encodings import TakeEncodings
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.generate import DECODE_NAME, PREFILL_NAME
+from qnpu.runtime_check.learning_record import LearningRecord
 
 PREFILL_QDQ_NAME, DECODE_QDQ_NAME = "prefill.qdq.onnx", "decode.qdq.onnx"
-FILES = (WEIGHTS_NAME, PREFILL_NAME, DECODE_NAME, PREFILL_QDQ_NAME, DECODE_QDQ_NAME)
-_FED = ("input_ids", "attention_mask", "position_ids")
+GRAPHS = (PREFILL_NAME, DECODE_NAME, PREFILL_QDQ_NAME, DECODE_QDQ_NAME)
+FILES = (WEIGHTS_NAME, *GRAPHS, BIT_PLAN_NAME, ENCODINGS_NAME)
+_FED = ("input_ids", *CACHED_INPUTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +62,24 @@ class CachedDecoder:
     caller drops the oldest for the new ones. Positions are those of the text, from 0 to C - 1.
 
     Attributes:
-        prefill: the Q/DQ graph of S tokens and what it was made of.
+        prefill: the Q/DQ graph of S tokens, the same on integers, and what they were made of.
         decode: the Q/DQ graph of one token. Weights, encodings and cache codes are those of the
             prefill graph.
-        context: C, tokens that the cache and the run together hold.
+        integer_prefill, integer_decode: the same on integers alone.
     """
 
     prefill: CompileResult
     decode: ir.Model
-    context: int
+    integer_prefill: ir.Model
+    integer_decode: ir.Model
 
 
 def compile_cached(
     model: ir.Model,
     config: CompileConfig,
-    context: int,
     calibration: FeedSource,
     progress: ProgressCallback = no_progress,
+    record: LearningRecord | None = None,
 ) -> CachedDecoder:
     """Float ONNX with dynamic lengths in, a prefill and a decode graph out, both static Q/DQ.
 
@@ -81,52 +88,51 @@ def compile_cached(
 
     Args:
         model: as exported "with past"; changed in place, it becomes the prefill graph.
-        config: what to do; ``seq_len`` is S.
-        context: C, more than S.
+        config: what to do; ``seq_len`` is S, ``context`` is C.
         calibration: windows of S tokens.
         progress: called with a step's name and the fraction of it that is done.
+        record: keeps what was learned so far, for a run that is killed.
 
     Raises:
         DiagnosticError: QN118 inputs or outputs of a cache are missing, QN312 the graphs do not
-            agree, QN503 lengths or options that do not go together; and what ``compile_model``
-            raises.
+            agree, QN401 an operator has no integer form, QN503 no context; and what
+            ``compile_model`` raises.
     """
-    _check_options(config, context)
+    if not config.context:
+        raise DiagnosticError(InvalidConfig("context", "a cache needs one").at())
     _check_interface(model.graph)
     config = replace(config, integer_io=False, integer=False)
     second = Compilation(model.clone(), load_target(config.target))
-    result = _compile_prefill(model, config, context, calibration, progress)
+    result = _compile_prefill(model, config, calibration, progress, record)
     floats = result.float_model.graph.initializers
     constants = {name: v.const_value for name, v in floats.items() if v.const_value is not None}
     second.bit_plan = replace(result.bit_plan, specs={})  # sensitivities are not measured again
     passes = default_passes(config, calibration)
     (widths,) = [item for item in passes if isinstance(item, AssignBitWidths)]
     decode_passes: list[Pass] = [
-        *_float_passes(config, 1, context, calibration),
+        *_float_passes(config, 1, calibration),
         widths,
         TakeEncodings(result.bit_plan, result.encodings, constants),
         InsertQdq(),
         LegalizeTarget(),
     ]
     run_passes(decode_passes, second, after_pass=lambda done: verify_stage(second))
-    decoder = CachedDecoder(result, second.model, context)
-    _check_ties(decoder)
-    return decoder
+    _check_ties(result.model, second.model)
+    integers = [lower_model(graph) for graph in (result.model, second.model)]
+    return CachedDecoder(replace(result, integer_model=integers[0]), second.model, *integers)
 
 
-def _float_passes(
-    config: CompileConfig, tokens: int, context: int, calibration: FeedSource
-) -> list[Pass]:
+def _float_passes(config: CompileConfig, tokens: int, calibration: FeedSource) -> list[Pass]:
     """Every pass before bit widths, for so many tokens at a time."""
     passes = default_passes(config, calibration)
     first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
     canonical = canonical_passes(config)
-    kept = tuple({*config.keep_inputs, *_FED})
+    kept = (*config.keep_inputs, *CACHED_INPUTS)
     return [
-        FreezeShapes(config.freeze_dims, tokens, context - tokens, kept),
+        FreezeShapes(config.freeze_dims, tokens, config.context - tokens, kept),
         ReturnNewEntries(),
         *canonical[1:],
-        TabulatePositions(context),
+        TabulatePositions(config.context),
         *passes[len(canonical) : first],
     ]
 
@@ -134,9 +140,9 @@ def _float_passes(
 def _compile_prefill(
     model: ir.Model,
     config: CompileConfig,
-    context: int,
     calibration: FeedSource,
     progress: ProgressCallback,
+    record: LearningRecord | None,
 ) -> CompileResult:
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
@@ -146,11 +152,11 @@ def _compile_prefill(
         if done.name in (ReturnNewEntries.name, UnifyEncodings.name):
             snapshots[done.name] = model.clone()
         if done.name == FreezeShapes.name:
-            _check_lengths(model.graph, config.seq_len, context)
+            _check_lengths(model.graph, config.seq_len, config.context)
 
-    passes = default_passes(config, calibration, progress)
+    passes = default_passes(config, calibration, progress, record)
     first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
-    floats = _float_passes(config, config.seq_len, context, calibration)
+    floats = _float_passes(config, config.seq_len, calibration)
     rewrites = run_passes([*floats, *passes[first:]], compilation, after_pass=after_pass)
     return CompileResult(
         model=model,
@@ -168,6 +174,7 @@ def _compile_prefill(
 def write_cached(
     folder: Path,
     decoder: CachedDecoder,
+    checks: CheckResult,
     about: dict[str, object],
     more: Mapping[str, Writer] = MappingProxyType({}),
 ) -> dict[str, object]:
@@ -176,6 +183,7 @@ def write_cached(
     Args:
         folder: where to.
         decoder: from ``compile_cached``.
+        checks: from ``check_result``, of its prefill graph.
         about: command, input and configuration, for the report.
         more: file name → what writes it.
 
@@ -183,40 +191,40 @@ def write_cached(
         The report, as written to report.json.
 
     Raises:
-        DiagnosticError: QN401 an operator has no integer form; QN901, QN902.
+        DiagnosticError: QN901, QN902.
     """
     result = decoder.prefill
-    real = [result.model, decoder.decode]
-    graphs = [*map(lower_model, real), *real]
-    weights = SharedWeights(graphs)
+    graphs = {
+        PREFILL_NAME: decoder.integer_prefill,
+        DECODE_NAME: decoder.integer_decode,
+        PREFILL_QDQ_NAME: result.model,
+        DECODE_QDQ_NAME: decoder.decode,
+    }
+    weights = SharedWeights(list(graphs.values()))
     writers: dict[str, Writer] = {WEIGHTS_NAME: weights.write}
-    for name, model in zip(FILES[1:], graphs, strict=True):
+    for name, model in graphs.items():
         writers[name] = partial(weights.save_model, model)
     writers |= {
-        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path),
+        BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path),
         ENCODINGS_NAME: lambda path: write_json(result.encodings.to_json(), path),
+        **more,
     }
-    report: dict[str, object] = {
-        "format": "qnpu-report",
-        "version": 1,
-        **about,
-        **surroundings(),
-        "context": decoder.context,
-        "rewrites": result.rewrites,
-        "legalized": [asdict(item) for item in result.legalized],
-        "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
-    }
-    write_outputs(folder, writers | dict(more), report)
+    report = make_report(result, about | findings(result, checks))
+    write_outputs(folder, writers, report)
     return report
 
 
-def _check_options(config: CompileConfig, context: int) -> None:
-    if context <= config.seq_len:
-        reason = f"{context} leaves no room for a cache beside {config.seq_len} tokens"
-        raise DiagnosticError(InvalidConfig("context", reason).at())
-    if config.prefix != "none":
-        reason = "a cache slides, constant keys and values in front of it do not"
-        raise DiagnosticError(InvalidConfig("prefix", reason).at())
+class SavedTokenizer(Protocol):
+    """A tokenizer that can write its files into a folder."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+def tokenizer_writers(tokenizer: SavedTokenizer | None) -> dict[str, Writer]:
+    """What puts a tokenizer's files beside the graphs, for ``write_cached``."""
+    if tokenizer is None:
+        return {}
+    return {"tokenizer.json": lambda path: tokenizer.save(path.parent)}
 
 
 def _check_lengths(graph: ir.Graph, tokens: int, context: int) -> None:
@@ -253,16 +261,16 @@ def _missing(name: str, reason: str) -> Diagnostic:
     return CacheInputMissing(name, reason).at(value=name)
 
 
-def _check_ties(decoder: CachedDecoder) -> None:
+def _check_ties(prefill: ir.Model, decode: ir.Model) -> None:
     """One encoding for a cache, in and out, in both graphs, and only new entries out."""
     faults: list[Diagnostic] = []
-    known = [io_encodings(model) for model in (decoder.prefill.model, decoder.decode)]
-    for name in cache_names(decoder.decode.graph):
+    known = [io_encodings(model) for model in (prefill, decode)]
+    for name in cache_names(decode.graph):
         found = [table.get(key) for table in known for key in (name, present_name(name))]
         if any(item is None or found[0] is None or not item.same_as(found[0]) for item in found):
             reason = "a cache has not one encoding, in and out, in both graphs"
             faults.append(GraphsDiffer(name, reason).at(value=name))
-    for value in decoder.decode.graph.outputs:
+    for value in decode.graph.outputs:
         shape = static_shape(value) or ()
         if name_of(value).startswith("present") and shape[ENTRIES_AXIS] != 1:
             faults.append(_missing(name_of(value), "is no Concat of past and new entries"))

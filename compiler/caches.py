@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qnpu.compiler.graph_edit import name_of
 
 PAST_PREFIXES = ("past_key_values.", "past_key_", "past_value_")
+CACHED_INPUTS = ("attention_mask", "position_ids")  # that say what a cache holds
 ENTRIES_AXIS = 2  # of a cache: what came before, oldest first
 
 

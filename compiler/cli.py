@@ -15,6 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qnpu.compiler.bit_plan import SCHEMES
+from qnpu.compiler.cached_decoder import (
+    FILES,
+    GRAPHS,
+    CachedDecoder,
+    compile_cached,
+    tokenizer_writers,
+    write_cached,
+)
+from qnpu.compiler.caches import CACHED_INPUTS, past_length
 from qnpu.compiler.config import CompileConfig, read_config
 from qnpu.compiler.console import (
     EXIT_FAULT,
@@ -39,11 +48,14 @@ from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_mod
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import INTEGER_NAME
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
-from qnpu.compiler.pass_base import Compilation
+from qnpu.compiler.pass_base import Compilation, ProgressCallback
 from qnpu.compiler.pipeline import (
+    BIT_PLAN_NAME,
+    ENCODINGS_NAME,
     LOGITS,
     MODEL_NAME,
     CheckResult,
+    CompileResult,
     check_result,
     compile_model,
     find_topology,
@@ -57,6 +69,7 @@ from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.learning_record import LEARNING_FOLDER, LearningRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.oracle import random_feeds
@@ -109,6 +122,13 @@ def _compile(
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help=f"Tokens per run. Default: {_DEFAULTS.seq_len}.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a cache and a run hold: write a prefill graph, of --seq-len tokens, "
+            "and a decode graph, for qnpu-run. Default: no cache."
+        ),
     ] = None,
     range_method: Annotated[
         str | None,
@@ -264,7 +284,8 @@ def _compile(
     """Compile a float language model into a fully static QDQ file.
 
     Writes model.qdq.onnx, encodings.json, bit_plan.json, report.json, for a vendor's target
-    HANDOFF.md, and what --emit asks for: all or none of them.
+    HANDOFF.md, and what --emit asks for: all or none of them. With --context, a prefill and a
+    decode graph in place of one, Q/DQ and on integers, that share weights.bin.
 
     A file with Q/DQ pairs keeps its encodings: --target alone decides what is rewritten.
     """
@@ -276,6 +297,7 @@ def _compile(
         "calib": calib,
         "calib_windows": calib_windows,
         "seq_len": seq_len,
+        "context": context,
         "range_method": range_method,
         "weights": weights,
         "learn": learn,
@@ -319,7 +341,8 @@ def _compile(
     more = [emission(name).file for name in settings.emit] + [HANDOFF_NAME] * bool(profile.handoff)
     check_folder(out)
     more += [INTEGER_NAME] * settings.integer
-    check_overwrite(out, [MODEL_NAME, "bit_plan.json", "encodings.json", *more, REPORT_NAME])
+    one = [MODEL_NAME, BIT_PLAN_NAME, ENCODINGS_NAME, *more]
+    check_overwrite(out, [*(FILES if settings.context else one), REPORT_NAME])
     times: dict[str, float] = {}
 
     with (
@@ -335,7 +358,8 @@ def _compile(
         calibration, data = calibration_data(settings, opened.tokenizer)
         times["load"] = time.perf_counter() - started
         record = LearningRecord(out / LEARNING_FOLDER, resume)
-        result = compile_model(opened.model, settings, calibration, progress, record)
+        made = _work(opened, settings, calibration, progress, record)
+        result = made.prefill if isinstance(made, CachedDecoder) else made
         times["compile"] = time.perf_counter() - started - times["load"]
         if process_index() > 0:
             return  # the first of several processes writes
@@ -343,22 +367,15 @@ def _compile(
         evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
         checks = check_result(result, batch, evaluation, progress)
         times["check"] = time.perf_counter() - started - sum(times.values())
-        handout = make_handout(result.model)
-        report = write_result(
-            out,
-            result,
-            handout,
-            checks,
-            {
-                "command": ["qnpu-compile", *sys.argv[1:]],
-                "config": settings.to_json(),
-                "input": {"name": opened.name, "sha256": opened.sha256},
-                "calibration": data,
-                "evaluation": evaluated,
-                "seed": settings.seed,
-            },
-            _more_files(handout, settings, profile, settings.mask_constant),
-        )
+        about: dict[str, object] = {
+            "command": ["qnpu-compile", *sys.argv[1:]],
+            "config": settings.to_json(),
+            "input": {"name": opened.name, "sha256": opened.sha256},
+            "calibration": data,
+            "evaluation": evaluated,
+            "seed": settings.seed,
+        }
+        report = _write(out, made, checks, about, opened, settings)
         record.discard()
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
@@ -367,6 +384,32 @@ def _compile(
         print_json(summary)
     else:
         _print_summary(opened.name, settings.scheme, summary)
+
+
+def _work(
+    opened: OpenedModel,
+    settings: CompileConfig,
+    calibration: FeedSource,
+    progress: ProgressCallback,
+    record: LearningRecord,
+) -> CompileResult | CachedDecoder:
+    compiled = compile_cached if settings.context else compile_model
+    return compiled(opened.model, settings, calibration, progress, record)
+
+
+def _write(
+    out: Path,
+    made: CompileResult | CachedDecoder,
+    checks: CheckResult,
+    about: dict[str, object],
+    opened: OpenedModel,
+    settings: CompileConfig,
+) -> dict[str, object]:
+    if isinstance(made, CachedDecoder):
+        return write_cached(out, made, checks, about, tokenizer_writers(opened.tokenizer))
+    handout = make_handout(made.model)
+    files = _more_files(handout, settings, load_target(settings.target), settings.mask_constant)
+    return write_result(out, made, handout, checks, about, files)
 
 
 def _print_topology(model: str, settings: CompileConfig, quiet: bool) -> None:
@@ -398,9 +441,9 @@ def _parse_dims(items: list[str]) -> dict[str, int]:
 
 def _refuse_own_input(opened: OpenedModel, out: Path) -> None:
     """A model compiled into its own place would lose its source."""
-    place = out / MODEL_NAME
-    if place.exists() and place.resolve() == opened.file:
-        raise DiagnosticError(WouldOverwrite(str(place)).at(file=str(place)))
+    for place in (out / name for name in (MODEL_NAME, *GRAPHS)):
+        if place.exists() and place.resolve() == opened.file:
+            raise DiagnosticError(WouldOverwrite(str(place)).at(file=str(place)))
 
 
 def _evaluation(
@@ -623,7 +666,8 @@ def _evaluate(
         raise DiagnosticError(InvalidConfig("--mode", f"`{mode}` is not a mode").at())
     loaded = load_onnx(Path(model))
     graph_model = with_real_io(loaded)
-    frozen = FreezeShapes(sequence_length=window).run(Compilation(graph_model))
+    kept = CACHED_INPUTS if past_length(graph_model.graph.inputs) else ()
+    frozen = FreezeShapes(sequence_length=window, keep_inputs=kept).run(Compilation(graph_model))
     words = load_tokenizer(tokenizer or resolve(model))
     data, description = text_windows(
         text or "", "evaluation", words, settings.seq_len, windows or None, settings.bos
@@ -663,6 +707,7 @@ qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
 qnpu-compile model.onnx --config compile.toml --json
 qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
 qnpu-compile model.qdq.onnx --target qnn-htp-v75
+qnpu-compile smollm2-135m --scheme w8a8 --seq-len 128 --context 512 --out chat
 qnpu-compile model.onnx --explain-topology
 """,
 )

@@ -32,7 +32,9 @@ class CompileConfig:
         calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
         tokenizer: folder or Hugging Face id; empty: the one found with the model.
         calib_windows: windows of text to calibrate on.
-        seq_len: tokens per run of the graph.
+        seq_len: tokens per run of the graph; of the prefill graph where there is a context.
+        context: tokens that a cache and a run hold together; 0: no cache. Else a prefill and a
+            decode graph are made (``qnpu.compiler.cached_decoder``).
         range_method: how activation ranges are taken from data.
         weights: how weights are rounded: ``gptq`` (those of 4 bits so that outputs stay right),
             ``seqmse`` (to nearest codes, with the scales that outputs suffer least from; those of
@@ -78,6 +80,7 @@ class CompileConfig:
     tokenizer: str = ""
     calib_windows: int = 8
     seq_len: int = 512
+    context: int = 0
     range_method: str = RangeMethod.MSE.value
     weights: str = "gptq"
     learn: str = "none"
@@ -137,10 +140,19 @@ class CompileConfig:
         _check_least("learn_batch", self.learn_batch, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
+        if self.context:
+            self._check_context()
         if not -1e4 < self.mask_constant < 0:
             _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
+
+    def _check_context(self) -> None:
+        _check_least("context", self.context, self.seq_len + 1)
+        if self.prefix != "none":
+            _fail("prefix", "a cache slides, constant keys and values in front of it do not")
+        if self.emit:
+            _fail("emit", "has no effect with a context: two graphs are written")
 
     def check_processes(self, count: int) -> None:
         """Whether several processes can work on this together.

@@ -30,6 +30,10 @@ def check_main() -> None:
     _run("cli_check", "check_app")
 
 
+def run_main() -> None:
+    _run("cli_run", "run_app")
+
+
 def _run(module: str, app: str) -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it

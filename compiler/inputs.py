@@ -65,13 +65,16 @@ def open_model(
 def export(
     source: ModelSource, path: Path, config: CompileConfig, progress: ProgressCallback
 ) -> None:
-    """Writes a float ONNX file of a torch model with the exporter that ``config`` names."""
+    """Writes a float ONNX file of a torch model with the exporter that ``config`` names.
+
+    A cache takes lengths that are dynamic, as optimum leaves them.
+    """
 
     def step(name: str, fraction: float) -> None:
         progress("export", fraction)
 
     loaded = load_torch(source)
-    if config.exporter == "optimum":
+    if config.exporter == "optimum" or config.context:
         export_optimum(loaded, path, progress=step)
     else:
         export_dynamo(loaded, path, sequence_length=config.seq_len, progress=step)

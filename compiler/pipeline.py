@@ -68,6 +68,7 @@ from qnpu.runtime_check.session import Array, Feeds, Mode, cpu_flags, open_sessi
 
 MODEL_NAME = "model.qdq.onnx"
 ENCODINGS_NAME = "encodings.json"
+BIT_PLAN_NAME = "bit_plan.json"
 LOGITS = "logits"
 _PREFIX_WINDOWS = 4
 _PACKAGES = ("qnpu", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
@@ -344,8 +345,17 @@ def write_result(
     Raises:
         DiagnosticError: QN901, QN902.
     """
+    plan: dict[str, Writer] = {
+        BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path)
+    }
+    about = about | findings(result, checks)
+    return write_files(folder, result, handout, about, plan | dict(more))
+
+
+def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
+    """What a report says of a compile and of what was measured on it."""
     prefix = prefix_of(result.float_model)
-    found: dict[str, object] = {
+    return {
         "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
         "prefix": prefix.to_json() if prefix is not None else None,
@@ -354,10 +364,6 @@ def write_result(
         "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],
     }
-    plan: dict[str, Writer] = {
-        "bit_plan.json": lambda path: write_json(result.bit_plan.to_json(), path)
-    }
-    return write_files(folder, result, handout, about | found, plan | dict(more))
 
 
 class Rewritten(Protocol):
@@ -396,24 +402,22 @@ def write_files(
         ENCODINGS_NAME: lambda path: write_json(handout.encodings.to_json(), path),
         **more,
     }
-    report: dict[str, object] = {
-        "format": "qnpu-report",
-        "version": 1,
-        **about,
-        **surroundings(),
-        "rewrites": result.rewrites,
-        "legalized": [asdict(item) for item in result.legalized],
-        "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
-    }
+    report = make_report(result, about)
     write_outputs(folder, writers, report)
     return report
 
 
-def surroundings() -> dict[str, object]:
-    """What a result depends on besides its input, for a report."""
+def make_report(result: Rewritten, about: dict[str, object]) -> dict[str, object]:
+    """A report, but for the files: they are added as they are written."""
     return {
+        "format": "qnpu-report",
+        "version": 1,
+        **about,
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpu_flags": cpu_flags(),
+        "rewrites": result.rewrites,
+        "legalized": [asdict(item) for item in result.legalized],
+        "diagnostics": [diagnostic.to_json() for diagnostic in result.diagnostics],
     }
 
 

@@ -1112,7 +1112,7 @@ class GraphsDiffer(Rule):
         ```
 
     How to fix
-        Export without control flow on lengths; leave out ``--promote`` and ``--online``.
+        Export without control flow on lengths.
     """
 
     code: ClassVar[str] = "QN312"

@@ -53,7 +53,8 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
     _add_tokens(backend, header)
     bos = header.get("tokenizer.ggml.bos_token_id")
     adds_bos = header.get("tokenizer.ggml.add_bos_token", kind == "llama")
-    return FastTokenizer(backend, bos_token_id=bos, adds_bos=adds_bos)
+    eos = header.get("tokenizer.ggml.eos_token_id")
+    return FastTokenizer(backend, bos_token_id=bos, adds_bos=adds_bos, eos_token_id=eos)
 
 
 def _sentencepiece(header: dict[str, Any]) -> Any:

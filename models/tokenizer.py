@@ -18,6 +18,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 _BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>")
+_EOS_NAMES = ("<eos>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
@@ -26,6 +27,10 @@ class Tokenizer(Protocol):
     @property
     def bos_token_id(self) -> int | None:
         """Id of the begin-of-sequence token, if there is one."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text, if there is one."""
 
     @property
     def adds_bos(self) -> bool:
@@ -42,18 +47,30 @@ class Tokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A ``tokenizers.Tokenizer`` with what its tokenizer_config.json says about BOS."""
+    """A ``tokenizers.Tokenizer`` with what its tokenizer_config.json says about BOS and EOS."""
 
-    def __init__(self, backend: Any, *, bos_token_id: int | None, adds_bos: bool) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        bos_token_id: int | None,
+        adds_bos: bool,
+        eos_token_id: int | None = None,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._bos_token_id = bos_token_id
+        self._eos_token_id = eos_token_id
         self._adds_bos = adds_bos and bos_token_id is not None
 
     @property
     def bos_token_id(self) -> int | None:
         return self._bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._eos_token_id
 
     @property
     def adds_bos(self) -> bool:
@@ -68,10 +85,14 @@ class FastTokenizer:
         return text
 
     def save(self, folder: Path) -> None:
-        bos = None if self.bos_token_id is None else self._backend.id_to_token(self.bos_token_id)
+        bos, eos = (
+            None if token is None else self._backend.id_to_token(token)
+            for token in (self.bos_token_id, self.eos_token_id)
+        )
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
+            "eos_token": eos,
             "add_bos_token": self.adds_bos,
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,13 +101,17 @@ class FastTokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255, BOS as 256; needs no package and no file."""
+    """UTF-8 bytes as tokens 0 to 255, BOS and EOS as 256; needs no package and no file."""
 
     vocab_size = 257
 
     @property
     def bos_token_id(self) -> int:
         return self.vocab_size - 1
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.bos_token_id
 
     @property
     def adds_bos(self) -> bool:
@@ -109,13 +134,15 @@ class ByteTokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(["<bos>"])
-        FastTokenizer(backend, bos_token_id=self.bos_token_id, adds_bos=False).save(folder)
+        bos, eos = self.bos_token_id, self.eos_token_id
+        FastTokenizer(backend, bos_token_id=bos, adds_bos=False, eos_token_id=eos).save(folder)
 
 
 def tokenizer_from_json(file: Path) -> FastTokenizer:
     """Read a tokenizer.json, and the tokenizer_config.json beside it if there is one.
 
-    Without the latter BOS is what the tokenizer itself puts first, or a token named like one.
+    Without the latter BOS is what the tokenizer itself puts first, or a token named like one; EOS
+    is a token named like one.
 
     Raises:
         DiagnosticError: QN113 either file is malformed; QN114 ``tokenizers`` is not installed.
@@ -133,22 +160,29 @@ def tokenizer_from_json(file: Path) -> FastTokenizer:
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     first = whole[0] if whole[:1] != plain[:1] else None
-    name = config.get("bos_token")
-    if isinstance(name, dict):  # older files write a serialized AddedToken
-        name = name.get("content")
-    if name is not None:
-        bos = backend.token_to_id(name)
-    elif "bos_token" in config:
-        bos = None
-    else:
-        named = (backend.token_to_id(candidate) for candidate in _BOS_NAMES)
-        bos = first if first is not None else next((i for i in named if i is not None), None)
+    said = first is None or "bos_token" in config
+    bos = _named(backend, config, "bos_token", _BOS_NAMES) if said else first
     adds_bos = config.get("add_bos_token")
     return FastTokenizer(
         backend,
         bos_token_id=bos,
         adds_bos=bool(adds_bos) if adds_bos is not None else bos is not None and first == bos,
+        eos_token_id=_named(backend, config, "eos_token", _EOS_NAMES),
     )
+
+
+def _named(backend: Any, config: dict[str, Any], key: str, candidates: Sequence[str]) -> int | None:
+    """Id of the token that the configuration names, or where it is silent of one named so."""
+    name = config.get(key)
+    if isinstance(name, dict):  # older files write a serialized AddedToken
+        name = name.get("content")
+    if name is not None:
+        found: int | None = backend.token_to_id(name)
+        return found
+    if key in config:
+        return None
+    known = (backend.token_to_id(candidate) for candidate in candidates)
+    return next((token for token in known if token is not None), None)
 
 
 def tokenizer_from_transformers(model: str, **options: Any) -> FastTokenizer:
@@ -169,8 +203,9 @@ def tokenizer_from_transformers(model: str, **options: Any) -> FastTokenizer:
         except Exception as error:  # of many libraries
             reason = f"no tokenizer: {first_line(error)}"
             raise DiagnosticError(UnknownModel(model, reason).at(file=model)) from error
-    bos = hub.bos_token_id
-    return FastTokenizer(backend, bos_token_id=bos, adds_bos=whole[:1] == [bos])
+    bos, eos = hub.bos_token_id, hub.eos_token_id
+    adds = whole[:1] == [bos]
+    return FastTokenizer(backend, bos_token_id=bos, adds_bos=adds, eos_token_id=eos)
 
 
 def _byte_characters() -> list[str]:

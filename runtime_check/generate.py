@@ -15,7 +15,7 @@ from qnpu.compiler.caches import ENTRIES_AXIS, is_past, present_name
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_io import integer_io
-from qnpu.compiler.rules import InvalidConfig
+from qnpu.compiler.rules import CacheInputMissing, InvalidConfig
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 PREFILL_NAME, DECODE_NAME = "prefill.int.onnx", "decode.int.onnx"
@@ -36,6 +36,9 @@ class CachedRunner:
         paths: where the two lie, if they are files; else they are run from memory.
         mode: how ONNX Runtime may change them; integers come out the same in any.
 
+    Raises:
+        DiagnosticError: QN116 ONNX Runtime refuses a graph, QN118 it takes no cache of codes.
+
     Attributes:
         context: C, tokens that can be read in all.
         chunk: S, tokens of a prefill run.
@@ -49,18 +52,19 @@ class CachedRunner:
         paths: tuple[Path, Path] | None = None,
         mode: Mode = Mode.STOCK,
     ) -> None:
-        sources = paths if paths is not None else (prefill, decode)
-        self._sessions = tuple(open_session(source, mode) for source in sources)
+        self.context = _columns(prefill, "attention_mask")
+        self.chunk = _columns(prefill, "input_ids")
         encodings = integer_io(decode)
-        shapes = {name_of(v): static_shape(v) or () for v in prefill.graph.inputs}
-        self.context = shapes["attention_mask"][1]
-        self.chunk = shapes["input_ids"][1]
         self._empty: dict[str, Array] = {}
         for value in decode.graph.inputs:
             if is_past(value):
-                codes = encodings[name_of(value)]
-                zeros = np.full(static_shape(value) or (), codes.zero_point_codes)
-                self._empty[name_of(value)] = zeros
+                name = name_of(value)
+                if name not in encodings:
+                    raise DiagnosticError(CacheInputMissing(name, "holds no codes").at(value=name))
+                zero = encodings[name].zero_point_codes
+                self._empty[name] = np.full(static_shape(value) or (), zero)
+        sources = paths if paths is not None else (prefill, decode)
+        self._sessions = tuple(open_session(source, mode) for source in sources)
         self.reset()
 
     def reset(self) -> None:
@@ -147,17 +151,6 @@ class Generation:
         return (len(self.ids) - 1) / max(self.decode_seconds, 1e-9) if len(self.ids) > 1 else 0.0
 
 
-def open_folder(folder: Path) -> CachedRunner:
-    """The runner of two integer graphs as a compile writes them.
-
-    Raises:
-        DiagnosticError: QN116 ONNX Runtime refuses a file.
-    """
-    paths = folder / PREFILL_NAME, folder / DECODE_NAME
-    prefill, decode = (ir.load(path) for path in paths)
-    return CachedRunner(prefill, decode, paths)
-
-
 def generate(
     runner: CachedRunner,
     prompt: Sequence[int],
@@ -195,6 +188,15 @@ def generate(
         row = runner.read(ids[-1:])[-1]
     ended = time.perf_counter()
     return Generation(ids, len(prompt), read - started, ended - read)
+
+
+def _columns(model: ir.Model, name: str) -> int:
+    """The second dimension of an input."""
+    for value in model.graph.inputs:
+        shape = static_shape(value)
+        if name_of(value) == name and shape is not None and len(shape) == 2:
+            return shape[1]
+    raise DiagnosticError(CacheInputMissing(name, "is no input of a fixed shape").at(value=name))
 
 
 def _greatest(row: NDArray[np.generic]) -> int:

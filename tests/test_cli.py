@@ -1,4 +1,4 @@
-"""The four commands as a user runs them: help, JSON, configuration, exit codes, equal files."""
+"""The five commands as a user runs them: help, JSON, configuration, exit codes, equal files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qnpu.passes.lower_io import LowerIo
 from tests.commands import BIN, Done, call, snapshot
 from tests.test_bad_input import CALIBRATION, GOOD, graph, node, put
 
-COMMANDS = ("qnpu-compile", "qnpu-export", "qnpu-eval", "qnpu-check")
+COMMANDS = ("qnpu-compile", "qnpu-export", "qnpu-eval", "qnpu-check", "qnpu-run")
 OUTPUTS = {"model.qdq.onnx", "encodings.json", "bit_plan.json", "report.json"}
 TOKENS = "16"
 TINY = ["tiny.onnx", "--seq-len", TOKENS, "--calib-windows", "2", "--eval-windows", "2", "--quiet"]

@@ -118,6 +118,10 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"calib_windows": 0}, "QN503"),
         ({"eval_windows": -1}, "QN503"),
         ({"seq_len": 1}, "QN503"),
+        ({"context": 512}, "QN503"),  # as many as the prefill graph reads alone
+        ({"context": -1}, "QN503"),
+        ({"context": 1024, "prefix": "1"}, "QN503"),
+        ({"context": 1024, "emit": ("float",)}, "QN503"),
         ({"mask_value": 0.0}, "QN503"),
         ({"mask_value": 1.0}, "QN503"),
         ({"mask_value": -1e4}, "QN503"),
@@ -137,6 +141,7 @@ def test_values_that_cannot_be_meant(options: dict[str, Any], code: str) -> None
     [
         {"eval_windows": 0},
         {"seq_len": 2},
+        {"context": 513},
         {"mask_value": -9999.0},
         {"freeze_dims": {"N": 0}},
         {"down_bits": 8, "promote": 1},

@@ -11,27 +11,30 @@ import pytest
 from qnpu.compiler.cached_decoder import write_cached
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.integer_only import float_faults
+from qnpu.compiler.pipeline import CheckResult
 from qnpu.runtime_check.generate import (
     DECODE_NAME,
     PREFILL_NAME,
     CachedRunner,
     Generation,
     generate,
-    open_folder,
 )
+from tests.decoders import exported
 from tests.test_cached_decoder import CHUNK, CONTEXT, TEXT, compiled
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cached")
-    write_cached(path, compiled("llama"), {})
+    write_cached(path, compiled("llama"), CheckResult([], 0.0), {})
     return path
 
 
 @pytest.fixture(scope="module")
 def runner(folder: Path) -> CachedRunner:
-    return open_folder(folder)
+    paths = folder / PREFILL_NAME, folder / DECODE_NAME
+    prefill, decode = (ir.load(path) for path in paths)
+    return CachedRunner(prefill, decode, paths)
 
 
 def test_the_graphs_hold_no_float(folder: Path) -> None:
@@ -99,6 +102,17 @@ def test_prompts_that_do_not_fit(runner: CachedRunner) -> None:
         with pytest.raises(DiagnosticError) as caught:
             generate(runner, prompt, 4)
         assert caught.value.codes == ["QN503"]
+
+
+def test_graphs_without_a_cache_of_codes() -> None:
+    decoder = compiled("llama")
+    for pair in (
+        (decoder.integer_prefill, decoder.decode),
+        (exported("llama", "optimum"), decoder.integer_decode),
+    ):
+        with pytest.raises(DiagnosticError) as caught:
+            CachedRunner(*pair)
+        assert caught.value.codes == ["QN118"]
 
 
 def test_rates() -> None:

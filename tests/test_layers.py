@@ -53,7 +53,12 @@ MAY_IMPORT_PASSES = {
     "qnpu.compiler.cached_decoder",
     "qnpu.compiler.cli",
 }
-MAY_IMPORT_MODELS = {"qnpu.compiler.inputs", "qnpu.compiler.cli", "qnpu.compiler.cli_check"}
+MAY_IMPORT_MODELS = {
+    "qnpu.compiler.inputs",
+    "qnpu.compiler.cli",
+    "qnpu.compiler.cli_check",
+    "qnpu.compiler.cli_run",
+}
 HEAVY = ("transformers", "optimum", "datasets", "sentencepiece", "gguf", "accelerate")
 
 

@@ -131,6 +131,7 @@ def test_byte_tokenizer_and_its_saved_form_agree(tmp_path: Path) -> None:
     assert saved.encode(every_byte) == tokenizer.encode(every_byte)
     assert saved.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
     assert saved.bos_token_id == tokenizer.bos_token_id == 256
+    assert saved.eos_token_id == tokenizer.eos_token_id == 256
     assert not saved.adds_bos
 
 
@@ -167,6 +168,25 @@ def test_bos_settings(
     assert (tokenizer.bos_token_id, tokenizer.adds_bos) == (bos, adds_bos)
 
 
+@pytest.mark.parametrize(
+    ("config", "eos"),
+    [
+        ({}, None),  # nothing is named like one
+        ({"eos_token": "<bos>"}, 256),
+        ({"eos_token": {"content": "A"}}, ord("A")),
+        ({"eos_token": None}, None),
+    ],
+)
+def test_eos_settings(tmp_path: Path, config: dict[str, object], eos: int | None) -> None:
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer_from_json(tmp_path / "tokenizer.json").eos_token_id == eos
+    text = (tmp_path / "tokenizer.json").read_text().replace("<bos>", "<|im_end|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenizer_from_json(tmp_path / "tokenizer.json").eos_token_id == 256
+
+
 def write_gguf(path: Path, tokens: list[str], kinds: list[int], **fields: Any) -> Path:
     """A GGUF file with a tokenizer and no weights."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -195,6 +215,7 @@ def sentencepiece_gguf(path: Path, **fields: Any) -> Path:
         tokenizer_model="llama",
         token_scores=scores,
         bos_token_id=1,
+        eos_token_id=2,
         unk_token_id=0,
         **fields,
     )
@@ -212,6 +233,7 @@ def test_sentencepiece_merges_by_rank(tmp_path: Path) -> None:
     assert pieces("é<tag>h") == ["<0xC3>", "<0xA9>", "<tag>", "h"]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert (tokenizer.bos_token_id, tokenizer.adds_bos) == (1, True)
+    assert tokenizer.eos_token_id == 2
 
 
 def test_sentencepiece_space_prefix(tmp_path: Path) -> None:
