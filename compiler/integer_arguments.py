@@ -5,22 +5,32 @@ Arrays are named as the parameters of ``qnpu.compiler.integer_functions``, and c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qnpu.compiler.integer_math import LIFT_BITS, FixedPoint, NormNumbers, SoftmaxNumbers
+from qnpu.compiler.integer_math import (
+    LIFT_BITS,
+    FixedPoint,
+    NormNumbers,
+    SoftmaxNumbers,
+    round_half_up,
+    stored_bits,
+)
 from qnpu.compiler.quant_types import QuantSpec
 
 Arguments = dict[str, NDArray[Any]]
 
 _LIFT = 1 << LIFT_BITS
+_NOTHING = Fraction(0)
 _ROOTS = 31  # powers of four below 2^62
 
 
 def requantize_arguments(
-    ratio: FixedPoint, zero_point: int, spec: QuantSpec, addend: ArrayLike = 0
+    ratio: FixedPoint, zero_point: int, spec: QuantSpec, addends: Sequence[Fraction] = (_NOTHING,)
 ) -> Arguments:
     """Of IntRequantize, or IntRequantizeFine where the ratio has a second multiplier.
 
@@ -28,17 +38,25 @@ def requantize_arguments(
         ratio: one M, or one per channel.
         zero_point: z of the result.
         spec: of the result.
-        addend: added to what is multiplied (a bias, a zero point's cross term), LSB.
+        addends: added to what is multiplied (a bias, a zero point's cross term), LSB, not always
+            whole; one per channel, or one alone.
     """
-    added, high = _whole(addend), _whole(ratio.high)
+    factors = ratio.parts
+    count = max(len(addends), len(factors))
+    added = [
+        round_half_up(addends[index % len(addends)] * factors[index % len(factors)])
+        for index in range(count)
+    ]
+    shape = ratio.high.shape if count == len(factors) else (count,)
+    offset = np.array([number >> ratio.fine for number in added], object).reshape(shape)
     found = {
-        "multiplier": _unsigned(high),
-        "offset": _unsigned(_rounding(ratio, zero_point) + added * high),
+        "multiplier": _unsigned(ratio.high),
+        "offset": _unsigned(_rounding(ratio, zero_point) + offset),
     }
     if ratio.low is not None:
-        low = _whole(ratio.low)
-        found["fine_multiplier"] = _unsigned(low)
-        found["fine_offset"] = _unsigned(_LIFT + added * low)
+        rest = np.array([number % (1 << ratio.fine) for number in added], object).reshape(shape)
+        found["fine_multiplier"] = _unsigned(ratio.low)
+        found["fine_offset"] = _unsigned(_LIFT + rest)
         found["fine_shift"] = _unsigned(ratio.fine)
     return found | _limits(ratio.shift, spec)
 
@@ -115,7 +133,7 @@ def softmax_arguments(
     numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:
     """Of IntSoftmax along one axis."""
-    lifted = 1 << spec.bits  # vanishes in the cast
+    lifted = 1 << stored_bits(spec)  # vanishes in the cast
     start = (1 << (numbers.shift - 1)) + ((lifted + zero_point) << numbers.shift)
     return {
         "exponentials": numbers.exponentials,

@@ -14,6 +14,12 @@ from qnpu.compiler.integer_arguments import Arguments
 from qnpu.compiler.integer_functions import DOMAIN, NEEDS, VERSION, integer_function
 
 
+def stored_type(kind: ir.DataType) -> ir.DataType:
+    """The type of integers that hold codes of a type: a byte for those of four bits."""
+    wide = {ir.DataType.UINT4: ir.DataType.UINT8, ir.DataType.INT4: ir.DataType.INT8}
+    return wide.get(kind, kind)
+
+
 class IntegerEditor(GraphEditor):
     """Adds integer nodes to a model; equal constants of one or few numbers are stored once.
 
@@ -56,8 +62,9 @@ class IntegerEditor(GraphEditor):
             raise ValueError(f"{function} takes {wanted}, not {sorted(arguments)}")
         base = name_of(like)
         constants = [self._argument(f"{base}_{key}", arguments[key]) for key in wanted]
+        kind = stored_type(like.dtype or ir.DataType.UNDEFINED)
         if "to" in definition.attributes:
-            attributes["to"] = int(like.dtype or 0)
+            attributes["to"] = int(kind)
         node = ir.node(
             function,
             [*operands, *constants],
@@ -68,7 +75,8 @@ class IntegerEditor(GraphEditor):
         )
         for output in node.outputs:
             output.name = self.free_name(base)
-            output.type, output.shape = like.type, like.shape
+            output.shape = like.shape
+            output.type = ir.TensorType(kind)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 

@@ -49,6 +49,13 @@ class FixedPoint:
     low: NDArray[np.int64] | None = None
     fine: int = 0
 
+    @property
+    def parts(self) -> list[int]:
+        """Each ratio as one number, at 2^-(shift + fine)."""
+        high = [int(number) << self.fine for number in self.high.reshape(-1)]
+        low = [0] * len(high) if self.low is None else self.low.reshape(-1).tolist()
+        return [a + int(b) for a, b in zip(high, low, strict=True)]
+
 
 def exact_ratios(numerators: Iterable[ArrayLike], denominator: ArrayLike) -> list[Fraction]:
     """Products of scales divided by a scale, without any rounding.
@@ -112,7 +119,12 @@ def fixed_point(
 
 def most_shift(spec: QuantSpec) -> int:
     """Bits behind the point, so that what is left of 2^62 vanishes in the cast to codes."""
-    return LIFT_BITS - spec.bits
+    return LIFT_BITS - stored_bits(spec)
+
+
+def stored_bits(spec: QuantSpec) -> int:
+    """Bits of the integers that hold codes: a byte at least."""
+    return max(8, spec.bits)
 
 
 def _sum_bits(spec: QuantSpec) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from qnpu.compiler.integer_arguments import (
     requantize_arguments,
     split_arguments,
 )
-from qnpu.compiler.integer_edit import IntegerEditor
+from qnpu.compiler.integer_edit import IntegerEditor, stored_type
 from qnpu.compiler.integer_math import FixedPoint, exact_ratios, fixed_point
 from qnpu.compiler.op_traits import is_float, is_standard, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, input_operand
@@ -131,7 +131,7 @@ def _move_codes(editor: IntegerEditor, node: ir.Node) -> int:
         if operand is not None:
             node.replace_input_with(index, operand.codes)
     for value in node.outputs:
-        value.type = ir.TensorType(encodings[0].spec.dtype)
+        value.type = ir.TensorType(stored_type(encodings[0].spec.dtype))
         for result in coded_results(value) or ():
             editor.take_over(result.codes, value)
     return 1
@@ -141,7 +141,12 @@ def _converted(editor: IntegerEditor, before: CodedInput, result: CodedResult) -
     ratios = exact_ratios([before.encoding.scale], result.encoding.scale)
     fixed = fixed_point(ratios, [before.reach], result.encoding)
     return _requantized(
-        editor, before.codes, fixed, result, -before.zero_point, before_node=result.quantize
+        editor,
+        before.codes,
+        fixed,
+        result,
+        [Fraction(-before.zero_point)],
+        before_node=result.quantize,
     )
 
 
@@ -150,11 +155,11 @@ def _requantized(
     numbers: ir.Value,
     fixed: FixedPoint,
     result: CodedResult,
-    addend: NDArray[Any] | int,
+    addends: Sequence[Fraction],
     *,
     before_node: ir.Node,
 ) -> ir.Value:
-    arguments = requantize_arguments(fixed, result.zero_point, result.encoding.spec, addend)
+    arguments = requantize_arguments(fixed, result.zero_point, result.encoding.spec, addends)
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
     return editor.call(function, [numbers], arguments, result.codes, before=before_node)
 
@@ -217,7 +222,9 @@ def _scaled(
 ) -> ir.Value:
     ratio = exact_ratios([one.encoding.scale], result.encoding.scale)[0] * factor
     fixed = fixed_point([ratio], [one.reach], result.encoding)
-    return _requantized(editor, one.codes, fixed, result, -one.zero_point, before_node=node)
+    return _requantized(
+        editor, one.codes, fixed, result, [Fraction(-one.zero_point)], before_node=node
+    )
 
 
 def _keeps_shape(node: ir.Node, codes: ir.Value) -> bool:
@@ -242,7 +249,9 @@ def _matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     pieces = _pieces(np.full((depth, 1), 255))
     parts = [_bytes(editor, item, node) for item in (one, other)]
     sums = [_product(editor, node, a, b, result, pieces) for a in parts[0] for b in parts[1]]
-    return _summed(editor, node, sums, fixed, result, 0, depth * one.reach * other.reach)
+    return _summed(
+        editor, node, sums, fixed, result, [Fraction(0)], depth * one.reach * other.reach
+    )
 
 
 def _pieces(weights: NDArray[Any]) -> list[tuple[int, int]]:
@@ -317,7 +326,7 @@ def _summed(
     sums: list[ir.Value],
     fixed: FixedPoint,
     result: CodedResult,
-    addend: NDArray[Any] | int,
+    addends: Sequence[Fraction],
     bound: int,
 ) -> ir.Value:
     """Codes of one accumulator, or of those of a high and a low byte.
@@ -331,9 +340,9 @@ def _summed(
         )
         sums = [editor.call("IntJoin", sums, join_arguments(), like, before=node)]
     if len(sums) == 1:
-        return _requantized(editor, sums[0], fixed, result, addend, before_node=node)
+        return _requantized(editor, sums[0], fixed, result, addends, before_node=node)
     arguments = _of_bytes(
-        requantize_arguments(fixed, result.zero_point, result.encoding.spec, addend)
+        requantize_arguments(fixed, result.zero_point, result.encoding.spec, addends)
     )
     function = "IntAdd" if fixed.low is None else "IntAddFine"
     return editor.call(function, sums, arguments, result.codes, before=node)
@@ -367,8 +376,9 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         return None
     sums = np.abs(weight.codes.astype(np.int64)).sum(axis=0)
     cross = -one.zero_point * weight.codes.astype(np.int64).sum(axis=0)
+    bias = weight.bias_at(one.encoding.scale)
+    added = [int(a) + b for a, b in zip(cross, bias, strict=True)]
     ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
-    bias = weight.bias_codes(one.encoding.scale)
     bounds = [int(total) * one.reach + abs(int(b)) for total, b in zip(sums, bias, strict=True)]
     fixed = fixed_point(ratios, bounds, result.encoding)
     operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
@@ -376,7 +386,7 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     pieces = _pieces(np.abs(weight.codes.astype(np.int64)))
     products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
     largest = int(sums.max()) * one.encoding.spec.q_max
-    return _summed(editor, node, products, fixed, result, cross + bias, largest)
+    return _summed(editor, node, products, fixed, result, added, largest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -421,13 +431,13 @@ class _Weight:
         codes = widened(array).astype(np.int8)
         return cls(operand.codes, codes.T if transposed else codes, operand.scale, transposed, bias)
 
-    def bias_codes(self, scale: NDArray[np.float32]) -> NDArray[np.int64]:
-        """The bias at s_x·s_w, LSB, shape (channels,)."""
+    def bias_at(self, scale: NDArray[np.float32]) -> list[Fraction]:
+        """The bias in steps of s_x·s_w, LSB, exact: it need not be whole, scales being rounded."""
         channels = self.codes.shape[1]
         if self.bias is None:
-            return np.zeros(channels, np.int64)
-        step = scale.astype(np.float64) * self.scale.astype(np.float64).reshape(-1)
-        return np.rint(self.bias / step).astype(np.int64)
+            return [Fraction(0)] * channels
+        steps = exact_ratios([np.broadcast_to(self.scale.reshape(-1), (channels,)), scale], 1.0)
+        return [Fraction(float(b)) / step for b, step in zip(self.bias, steps, strict=True)]
 
 
 def _where(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Value | None:
@@ -450,7 +460,7 @@ def _converted_before(
     ratios = exact_ratios([item.encoding.scale], result.encoding.scale)
     fixed = fixed_point(ratios, [item.reach], result.encoding)
     spec = result.encoding.spec
-    arguments = requantize_arguments(fixed, result.zero_point, spec, -item.zero_point)
+    arguments = requantize_arguments(fixed, result.zero_point, spec, [Fraction(-item.zero_point)])
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
     like = ir.Value(
         name=f"{name_of(item.codes)}_as_{name_of(result.codes)}",

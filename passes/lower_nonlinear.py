@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.integer_arguments import norm_arguments, softmax_arguments
-from qnpu.compiler.integer_edit import IntegerEditor
+from qnpu.compiler.integer_edit import IntegerEditor, stored_type
 from qnpu.compiler.integer_math import NormShape, norm_numbers, softmax_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
@@ -208,10 +208,7 @@ def _lookup(
     if operand.constant or any(v is not None and not _is_scalar(v) for v in node.inputs[1:]):
         return None
     real = _function_values(node, operand)
-    codes = np.floor(real / result.scale + 0.5) + result.zero_point
-    spec = result.encoding.spec
-    table = np.clip(codes, spec.q_min, spec.q_max).astype(spec.code_dtype)
-    return editor.call("IntLookup", [operand.codes], {"table": table}, result.codes, before=node)
+    return _table(editor, node, operand.codes, real, result)
 
 
 def _lookup_of_product(
@@ -222,11 +219,18 @@ def _lookup_of_product(
     views = [_as_function(factor) for factor in factors if factor is not None]
     if len(views) < 2 or views[0][0] is not views[1][0] or "IntLookup" not in _made_by(factors):
         return None
-    product = views[0][1] * views[1][1]
-    codes = np.floor(product / result.scale + 0.5) + result.zero_point
+    return _table(editor, node, views[0][0], views[0][1] * views[1][1], result)
+
+
+def _table(
+    editor: IntegerEditor, node: ir.Node, codes: ir.Value, real: FloatArray, result: CodedResult
+) -> ir.Value:
+    """A look-up of what a function is for each code, rounded half up."""
     spec = result.encoding.spec
-    table = np.clip(codes, spec.q_min, spec.q_max).astype(spec.code_dtype)
-    return editor.call("IntLookup", [views[0][0]], {"table": table}, result.codes, before=node)
+    nearest = np.floor(real / result.scale + 0.5) + result.zero_point
+    kind = stored_type(spec.dtype).numpy()
+    table = np.clip(nearest, spec.q_min, spec.q_max).astype(kind)
+    return editor.call("IntLookup", [codes], {"table": table}, result.codes, before=node)
 
 
 def _made_by(factors: Sequence[CodedInput | None]) -> set[str]:

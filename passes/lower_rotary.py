@@ -37,8 +37,9 @@ class LowerRotary(Pass):
 
     y = clamp(⌊((q_a - z_a)·c + (q_b - z_b)·s)·s_a/(2^n·s_y) + 1/2⌋ + z_y), c = round(C·2^n), n such
     that sums of 8-bit codes stay within 31 bits (quantnpu.md §6: cosines as fixed-point numbers).
-    The roundings of both products fall away, so this is nearer to the float graph than the Q/DQ
-    graph is; from that it differs by 1 LSB of the result, plus half an LSB of each product.
+    Both products are neither rounded nor clipped on the way, so this is nearer to the float graph
+    than the Q/DQ graph is; from that it differs by 1 LSB of the result and half an LSB of each
+    product, and by more where a product is clipped there.
 
     Must not fire where a product is used twice, a table is no constant, or the two operands have
     encodings of different scales.

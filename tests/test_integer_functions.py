@@ -44,7 +44,7 @@ def test_requantize(spec: QuantSpec, bits: int) -> None:
     zero = (spec.q_min + spec.q_max) // 3
     ratios = exact_ratios([weights], step)
     fixed = fixed_point(ratios, [2 * bound], result(spec, zero=zero))
-    arguments = requantize_arguments(fixed, zero, spec, bias)
+    arguments = requantize_arguments(fixed, zero, spec, [Fraction(int(b)) for b in bias])
     function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
     assert (fixed.low is None) == (bits == 12)
     found = call(function, [numbers], arguments, spec.dtype)[0]

@@ -34,7 +34,10 @@ def quantized(architecture: str, scheme: str) -> ir.Model:
 
 @pytest.mark.parametrize(
     ("architecture", "scheme"),
-    [*((a, s) for a in ARCHITECTURES for s in ("w8a8", "w8a16")), ("llama", "w4a8")],
+    [
+        *((a, s) for a in ARCHITECTURES for s in ("w8a8", "w8a16")),
+        *(("llama", scheme) for scheme in ("w4a8", "w4a4")),
+    ],
 )
 def test_logits_are_those_of_the_quantized_graph(architecture: str, scheme: str) -> None:
     """A tie that falls the other way in an 8-bit tensor moves all that follows a little."""
@@ -46,7 +49,7 @@ def test_logits_are_those_of_the_quantized_graph(architecture: str, scheme: str)
     apply(LowerIo(), same)
     expected = run_model(same, feeds)[0].astype(np.int64)
     spread = expected.std()
-    assert np.abs(codes - expected).mean() < 0.05 * spread
+    assert np.abs(codes - expected).mean() < (0.15 if scheme == "w4a4" else 0.05) * spread
     assert (codes.argmax(-1) == expected.argmax(-1)).mean() >= 0.85
     assert list(integer_io(integer)) == ["logits"]
 

@@ -26,9 +26,6 @@ from tests.lowered import Lowered, lowered
 
 KINDS = {"add", "conversion", "layout", "linear", "lookup", "multiply", "norm", "softmax"}
 EXACT = {"add", "conversion", "layout", "linear"}
-ROUNDED_BIAS = pytest.mark.xfail(
-    strict=True, reason="fold-requantize rounds a bias to whole units of its accumulator"
-)
 
 
 def certificate(made: Lowered) -> ParityCertificate:
@@ -44,7 +41,7 @@ def certificate(made: Lowered) -> ParityCertificate:
         ("gemma3", "w8a8"),
         ("gemma3", "w8a16"),
         ("gpt2", "w8a8"),
-        pytest.param("gpt2", "w8a16", marks=ROUNDED_BIAS),
+        ("gpt2", "w8a16"),
     ],
 )
 def test_decoders(architecture: str, scheme: str) -> None:
