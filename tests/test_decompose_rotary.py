@@ -84,6 +84,31 @@ def test_two_rotations_share_their_tables() -> None:
     assert rows == ["cos_row", "sin_row"]
 
 
+@pytest.mark.parametrize("attributes", ["", "<interleaved: int = 1>"])
+def test_tables_that_are_computed(attributes: str) -> None:
+    model = parse(
+        f"""
+        r (float[1, 3, 2, 4] x, float[1, 2, 2] angles)
+            => (float[1, 3, 2, 4] y, float[1, 3, 2, 4] z) {{
+            cos = Cos(angles)
+            sin = Sin(angles)
+            y = RotaryEmbedding{attributes}(x, cos, sin)
+            t = Neg(x)
+            z = RotaryEmbedding{attributes}(t, cos, sin)
+        }}
+        """
+    )
+    feeds = {"x": normal(1, 3, 2, 4), "angles": normal(1, 2, 2, seed=1)}
+    expected = run_model(model, feeds)
+    assert apply(DecomposeRotary(), model) == 2
+    kinds = [node.op_type for node in model.graph]
+    assert "RotaryEmbedding" not in kinds
+    assert kinds.count("Reshape") == 2 + 4 * bool(attributes)  # one row of each table for both
+    for old, new in zip(expected, run_model(model, feeds), strict=True):
+        assert relative_error(new, old) <= 2e-7
+    assert apply(DecomposeRotary(), model) == 0
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -92,10 +117,15 @@ def test_two_rotations_share_their_tables() -> None:
         r (float[1, 2, 4] x) => (float[1, 2, 4] y) {TABLES}
         {{ y = RotaryEmbedding<num_heads: int = 1>(x, cos, sin) }}
         """,
-        # a computed table
+        # one table is computed
         """
         r (float[1, 3, 2, 4] x, float[1, 2, 2] cos) => (float[1, 3, 2, 4] y)
         <float[1, 2, 2] sin = {1, 2, 3, 4}>
+        { y = RotaryEmbedding(x, cos, sin) }
+        """,
+        # computed tables, of which the operator takes a part
+        """
+        r (float[1, 3, 2, 4] x, float[1, 2, 4] cos, float[1, 2, 4] sin) => (float[1, 3, 2, 4] y)
         { y = RotaryEmbedding(x, cos, sin) }
         """,
         # tables indexed at run time
