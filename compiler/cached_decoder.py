@@ -16,7 +16,7 @@ from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_io import io_encodings
-from qnpu.compiler.integer_model import lower_model
+from qnpu.compiler.integer_model import PARITY_NAME, lower_model, parity_writers
 from qnpu.compiler.output import Writer, write_json, write_outputs
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, no_progress, run_passes
 from qnpu.compiler.pipeline import (
@@ -47,7 +47,7 @@ from qnpu.runtime_check.learning_record import LearningRecord
 
 PREFILL_QDQ_NAME, DECODE_QDQ_NAME = "prefill.qdq.onnx", "decode.qdq.onnx"
 GRAPHS = (PREFILL_NAME, DECODE_NAME, PREFILL_QDQ_NAME, DECODE_QDQ_NAME)
-FILES = (WEIGHTS_NAME, *GRAPHS, BIT_PLAN_NAME, ENCODINGS_NAME)
+FILES = (WEIGHTS_NAME, *GRAPHS, BIT_PLAN_NAME, ENCODINGS_NAME, PARITY_NAME)
 _FED = ("input_ids", *CACHED_INPUTS)
 
 
@@ -207,6 +207,7 @@ def write_cached(
     writers |= {
         BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path),
         ENCODINGS_NAME: lambda path: write_json(result.encodings.to_json(), path),
+        **parity_writers(checks.parity),
         **more,
     }
     report = make_report(result, about | findings(result, checks))

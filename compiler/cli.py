@@ -46,7 +46,7 @@ from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.integer_io import with_real_io
-from qnpu.compiler.integer_model import INTEGER_NAME
+from qnpu.compiler.integer_model import INTEGER_NAME, PARITY_NAME
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation, ProgressCallback
 from qnpu.compiler.pipeline import (
@@ -340,7 +340,7 @@ def _compile(
     check_emissions(settings.emit, profile)
     more = [emission(name).file for name in settings.emit] + [HANDOFF_NAME] * bool(profile.handoff)
     check_folder(out)
-    more += [INTEGER_NAME] * settings.integer
+    more += [INTEGER_NAME, PARITY_NAME] * settings.integer
     one = [MODEL_NAME, BIT_PLAN_NAME, ENCODINGS_NAME, *more]
     check_overwrite(out, [*(FILES if settings.context else one), REPORT_NAME])
     times: dict[str, float] = {}
@@ -531,6 +531,7 @@ def _legalize(
         "legalized": dict(Counter(item.rewrite for item in result.legalized)),
         "verdicts": report["verdicts"],
         "changes": report["changes"],
+        "parity": report["parity"],
         "seconds": {"total": round(time.perf_counter() - started, 2)},
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -548,6 +549,7 @@ def _print_legalized(name: str, summary: dict[str, Any]) -> None:
     for change in summary["changes"]:
         lsb = "" if change["max_lsb"] is None else f", up to {change['max_lsb']} LSB"
         table.add_row("output changed", f"{change['name']}: {change['max_abs_error']:.3g}{lsb}")
+    _add_parity(table, summary["parity"])
     table.add_row("compared on", summary["compared"])
     for file, entry in summary["outputs"].items():
         table.add_row("wrote", f"{Path(summary['out'], file)}  {entry['bytes'] / 1e6:.1f} MB")
@@ -566,6 +568,7 @@ def _summary(
         "outputs": report["outputs"],
         "perplexity": {name: value.value for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
+        "parity": report["parity"],
         "evaluation": report["evaluation"],
         "calibration": report["calibration"],
         "lowest_sqnr_db": {tensor.name: round(tensor.sqnr_db, 2) for tensor in worst},
@@ -584,6 +587,7 @@ def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
         ratio = summary["perplexity"]["qdq"] / summary["perplexity"]["float"]
         table.add_row("quantized / float", f"{ratio:.4f}")
         table.add_row("measured on", summary["evaluation"])
+    _add_parity(table, summary["parity"])
     table.add_row("calibrated on", summary["calibration"])
     table.add_row("float graph against source", f"{summary['source_error']:.1e} of max |output|")
     for tensor, sqnr in list(summary["lowest_sqnr_db"].items())[:3]:
@@ -596,6 +600,16 @@ def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
     table.add_row("time", f"{seconds['total']:.0f} s ({steps})")
     table.add_row("peak RSS", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
     Console(soft_wrap=True).print(table)
+
+
+def _add_parity(table: Table, kinds: list[dict[str, Any]]) -> None:
+    """How far the integer graph is from the QDQ graph, by kind of operator."""
+    for kind in kinds:
+        off = f"{1 - kind['equal']:.1e} of codes off, {kind['max_lsb']} LSB at most"
+        table.add_row(
+            f"integer, {kind['kind']}",
+            f"{kind['tensors']} tensors: {off if kind['max_lsb'] else 'all codes equal'}",
+        )
 
 
 # ----------------------------------------------------------------------------------- qnpu-export

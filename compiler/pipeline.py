@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,13 @@ from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import with_real_io
-from qnpu.compiler.integer_model import INTEGER_NAME, lower_model
+from qnpu.compiler.integer_model import (
+    INTEGER_NAME,
+    certify,
+    lower_model,
+    parity_summary,
+    parity_writers,
+)
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -65,6 +71,9 @@ from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.perplexity import Perplexity, stream_perplexity
 from qnpu.runtime_check.segments import SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds, Mode, cpu_flags, open_session, run
+
+if TYPE_CHECKING:
+    from qnpu.runtime_check.parity import ParityCertificate
 
 MODEL_NAME = "model.qdq.onnx"
 ENCODINGS_NAME = "encodings.json"
@@ -254,11 +263,14 @@ class CheckResult:
             and a prefix is left out.
         perplexity: ``float``, ``qdq`` and, where there is such a graph, ``integer``; empty for a
             graph that is no language model.
+        parity: the integer graph against the QDQ graph, node by node, on the calibration batch;
+            None where there is no such graph.
     """
 
     tensors: list[TensorComparison]
     source_error: float
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    parity: ParityCertificate | None = None
 
 
 def check_result(
@@ -267,7 +279,9 @@ def check_result(
     evaluation: Sequence[Feeds],
     progress: ProgressCallback = no_progress,
 ) -> CheckResult:
-    """Runs source, float and QDQ graph on ONNX Runtime, node by node as written.
+    """Runs source, float, QDQ and integer graph on ONNX Runtime, node by node as written.
+
+    Where the integer graph breaks a limit, QN402 joins the result's diagnostics.
 
     Args:
         result: from ``compile_model``.
@@ -288,7 +302,10 @@ def check_result(
             perplexity[label] = stream_perplexity(
                 model, evaluation, logits_name=LOGITS, progress=progress, label=f"evaluate {label}"
             )
-    return CheckResult(tensors, source_error, perplexity)
+    parity: ParityCertificate | None = None
+    if result.integer_model is not None:
+        parity = certify(qdq_model, result.integer_model, rotated, result.diagnostics, progress)
+    return CheckResult(tensors, source_error, perplexity, parity)
 
 
 def _source_error(result: CompileResult, batch: Feeds) -> float:
@@ -349,6 +366,7 @@ def write_result(
         BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path)
     }
     about = about | findings(result, checks)
+    plan |= parity_writers(checks.parity)
     return write_files(folder, result, handout, about, plan | dict(more))
 
 
@@ -363,6 +381,7 @@ def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
         "learning": [asdict(point) for point in result.learning],
         "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],
+        "parity": parity_summary(checks.parity),
     }
 
 

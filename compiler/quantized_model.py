@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import with_real_io
-from qnpu.compiler.integer_model import lower_model
+from qnpu.compiler.integer_model import certify, lower_model, parity_summary, parity_writers
 from qnpu.compiler.output import Writer
 from qnpu.compiler.pass_base import Compilation, Legalized, Pass, run_passes
 from qnpu.compiler.pipeline import write_files
@@ -29,6 +30,9 @@ from qnpu.passes.lower_io import LowerIo
 from qnpu.runtime_check.compare import lsb_difference
 from qnpu.runtime_check.htp import output_scales
 from qnpu.runtime_check.session import Feeds, Mode, open_session, run
+
+if TYPE_CHECKING:
+    from qnpu.runtime_check.parity import ParityCertificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class LegalizeResult:
         before, after: verdict of the target → how many nodes.
         changes: of each output.
         integer_model: as in ``CompileResult``.
+        parity: as in ``CheckResult``.
     """
 
     model: ir.Model
@@ -67,6 +72,7 @@ class LegalizeResult:
     after: dict[str, int]
     changes: list[OutputChange]
     integer_model: ir.Model | None = None
+    parity: ParityCertificate | None = None
 
 
 def legalize_model(
@@ -90,6 +96,11 @@ def legalize_model(
     rewrites = {freeze.name: freeze.run(compilation)}
     source, before = model.clone(), _verdicts(model, compilation.target)
     rewrites |= run_passes(last, compilation, after_pass=lambda done: None)
+    batch = feeds(source.graph)
+    integer = lower_model(model) if config.integer else None
+    parity = None
+    if integer is not None:
+        parity = certify(with_real_io(model), integer, batch, compilation.diagnostics)
     return LegalizeResult(
         model=model,
         diagnostics=compilation.diagnostics,
@@ -97,8 +108,9 @@ def legalize_model(
         legalized=compilation.legalized,
         before=before,
         after=_verdicts(model, compilation.target),
-        changes=_output_changes(source, with_real_io(model), feeds(source.graph)),
-        integer_model=lower_model(model) if config.integer else None,
+        changes=_output_changes(source, with_real_io(model), batch),
+        integer_model=integer,
+        parity=parity,
     )
 
 
@@ -113,7 +125,9 @@ def write_legalized(
     found: dict[str, object] = {
         "verdicts": {"before": result.before, "after": result.after},
         "changes": [asdict(change) for change in result.changes],
+        "parity": parity_summary(result.parity),
     }
+    more = parity_writers(result.parity) | dict(more)
     return write_files(folder, result, handout, about | found, more)
 
 

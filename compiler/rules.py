@@ -1159,6 +1159,40 @@ class NoIntegerForm(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class IntegerDiffers(Rule):
+    """What it checks
+        Every node of the integer graph gives the codes that the Q/DQ graph says: sums, layout and
+        changes of encoding exactly, other operators within 1 LSB at 8 bits and 4 LSB at 16.
+
+    Why it matters
+        The integer graph is the proof that a device needs no float. Where it differs, one of the
+        two graphs is not what was measured.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --integer      # with a norm over codes that are nearly all zero
+        ```
+
+    How to fix
+        Look at the node in parity.json; a tensor whose codes use little of their range wants
+        another encoding (`--range-method`, more calibration data). Please report it otherwise.
+    """
+
+    code: ClassVar[str] = "QN402"
+    name: ClassVar[str] = "integer-differs"
+    severity: ClassVar[Severity] = Severity.WARNING
+
+    off: int
+    limit: int
+
+    def message(self) -> str:
+        return f"the integer graph is {self.off} LSB off here, more than {self.limit}"
+
+    def help(self) -> str:
+        return "see parity.json; give the tensor an encoding that fits its numbers better"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is one of w8a16, w8a8, w4a16, w4a8 and w4a4.

@@ -12,8 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.config import CompileConfig
+from qnpu.compiler.diagnostics import Diagnostic
+from qnpu.compiler.graph_edit import add_initializer, constant_array
 from qnpu.compiler.integer_io import integer_io
-from qnpu.compiler.integer_model import INTEGER_NAME, lower_model
+from qnpu.compiler.integer_model import INTEGER_NAME, certify, lower_model
 from qnpu.compiler.pipeline import compile_model
 from qnpu.models.load import load_onnx
 from qnpu.models.tiny_decoder import ARCHITECTURES
@@ -75,6 +77,10 @@ def test_the_command_writes_it_and_measures_it(tiny_file: Path, tmp_path: Path) 
     path = tmp_path / "out" / INTEGER_NAME
     onnx.checker.check_model(path)
     assert "perplexity, integer" in done.stdout
+    assert "integer, linear" in done.stdout
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert parity["passed"]
+    assert {row["kind"] for row in parity["summary"]} >= {"linear", "add", "norm", "softmax"}
     kinds = {node.domain for node in load_onnx(path).graph}
     assert kinds == {"", "qnpu"}
     values = {}
@@ -94,3 +100,18 @@ def test_a_file_that_is_quantized_already(tiny_file: Path, tmp_path: Path) -> No
     done = call("qnpu-compile", *again, folder=tmp_path)
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "integer" / INTEGER_NAME).exists()
+    assert json.loads((tmp_path / "integer" / "parity.json").read_text())["passed"]
+
+
+def test_an_integer_graph_that_differs_is_told() -> None:
+    """One multiplier is doubled."""
+    model = quantized("llama", "w8a8")
+    integer = lower_model(model)
+    node = next(n for n in integer.graph if n.op_type == "IntRequantize")
+    factor = constant_array(node.inputs[1])
+    assert factor is not None
+    node.replace_input_with(1, add_initializer(integer.graph, "spoilt", factor * np.uint64(2)))
+    found: list[Diagnostic] = []
+    certificate = certify(model, integer, some_tokens(model), found)
+    assert not certificate.passed
+    assert {diagnostic.code for diagnostic in found} == {"QN402"}

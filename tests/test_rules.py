@@ -58,6 +58,7 @@ TRIGGERED_BY = {
     "QN309": "test_end_to_end_learning.py::test_a_graph_without_a_prediction_is_told",
     "QN401": "test_fold_requantize.py::test_what_has_no_integer_form_is_told",
     "QN312": "test_take_encodings.py::test_graphs_that_differ",
+    "QN402": "test_integer_model.py::test_an_integer_graph_that_differs_is_told",
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",
@@ -231,5 +232,5 @@ def test_severities() -> None:
     """Only errors stop a compile, so notes and warnings are those that a compile goes on from."""
     gentle = {rule.code for rule in all_rules() if rule.severity is not Severity.ERROR}
     of_commands = {code for code in gentle if code.startswith("QN53")}
-    of_commands |= {"QN308", "QN310", "QN311", "QN504", "QN505", "QN506", "QN507"}
+    of_commands |= {"QN308", "QN402", "QN310", "QN311", "QN504", "QN505", "QN506", "QN507"}
     assert gentle - of_commands <= {rule.code for rule in WITH_GRAPH}
