@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/python -m bench.schemes
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,4 +36,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build demo-out levers-out ablation-out foreign-out oracle-cache
+	rm -rf $(VENV) build demo-out foreign-out oracle-cache
