@@ -625,6 +625,9 @@ def _export(
     exporter: Annotated[
         str, typer.Option(help="dynamo: static prefill; optimum: dynamic axes and a KV cache.")
     ] = _DEFAULTS.exporter,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Dynamic axes and a KV cache from dynamo, too.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -639,7 +642,7 @@ def _export(
     if source.kind == "onnx":
         raise DiagnosticError(InvalidConfig("MODEL", "is an ONNX file already").at(file=model))
     with progress_bars(shown=not quiet) as progress:
-        export(source, out, settings, progress)
+        export(source, out, settings, progress, cached=cache)
     seconds = round(time.perf_counter() - started, 2)
     peak = peak_rss_bytes()
     summary = {"out": str(out), "seconds": seconds, "peak_rss_bytes": peak}
@@ -729,6 +732,7 @@ export_app = application(
     _export,
     """
 qnpu-export smollm2-135m --seq-len 512 --out smollm2.onnx
+qnpu-export org/model --cache --out model.onnx
 qnpu-export org/model --exporter optimum --out model.onnx
 """,
 )

@@ -15,7 +15,7 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.output import hash_file
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.rules import NoCalibrationData
-from qnpu.models.export import export_dynamo, export_optimum
+from qnpu.models.export import export_cached, export_dynamo, export_optimum
 from qnpu.models.load import ModelSource, load_onnx, load_tokenizer, load_torch, resolve
 from qnpu.models.token_data import Bos, Split, load_arrays, read_text, token_windows
 from qnpu.models.tokenizer import Tokenizer
@@ -57,25 +57,32 @@ def open_model(
         tokenizer = _tokenizer(source, config.tokenizer)
         if source.kind != "onnx":
             path = Path(folder, f"{source.name}.onnx")
-            export(source, path, config, progress)
+            export(source, path, config, progress, cached=bool(config.context))
         model = load_onnx(path)
         yield OpenedModel(model, tokenizer, source.name, hash_file(path), path.resolve())
 
 
 def export(
-    source: ModelSource, path: Path, config: CompileConfig, progress: ProgressCallback
+    source: ModelSource,
+    path: Path,
+    config: CompileConfig,
+    progress: ProgressCallback,
+    *,
+    cached: bool = False,
 ) -> None:
     """Writes a float ONNX file of a torch model with the exporter that ``config`` names.
 
-    A cache takes lengths that are dynamic, as optimum leaves them.
+    ``cached``: with dynamic lengths and a key-value cache, as optimum does it anyway.
     """
 
     def step(name: str, fraction: float) -> None:
         progress("export", fraction)
 
     loaded = load_torch(source)
-    if config.exporter == "optimum" or config.context:
+    if config.exporter == "optimum":
         export_optimum(loaded, path, progress=step)
+    elif cached:
+        export_cached(loaded, path, progress=step)
     else:
         export_dynamo(loaded, path, sequence_length=config.seq_len, progress=step)
 

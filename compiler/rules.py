@@ -549,7 +549,7 @@ class CacheInputMissing(Rule):
         ```
 
     How to fix
-        Export with ``qnpu-export --exporter optimum``.
+        Export with ``qnpu-export --cache``.
     """
 
     code: ClassVar[str] = "QN118"
@@ -561,7 +561,7 @@ class CacheInputMissing(Rule):
         return f"the graph cannot be run with a cache: `{self.value}` {self.reason}"
 
     def help(self) -> str:
-        return "export it with qnpu-export --exporter optimum"
+        return "export it with qnpu-export --cache, or with optimum and position ids"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ Progress = Callable[[str, float], None]
 _WRAPPER = "decoder."  # attribute of the traced wrapper, which weights should not be named after
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules around it, then itself
 _WEIGHTED = ("MatMul", "RMSNormalization")  # operators whose second input may be folded
+_EXAMPLE_TOKENS, _EXAMPLE_PAST = 5, 7  # lengths to trace at, where they are dynamic
 _INLINE_BYTES = 1024  # tensors up to this size stay in the .onnx file
 
 
@@ -67,6 +68,42 @@ def export_dynamo(
         report("trace", 0.0)
         with quiet():
             model = _trace(loaded.model, sequence_length, opset)
+        _name_weights(model)
+        report("write", 0.8)
+        _write(model, folder / path.name, loaded)
+    report("done", 1.0)
+    return path
+
+
+def export_cached(
+    loaded: LoadedModel,
+    path: str | Path,
+    *,
+    opset: int = 23,
+    progress: Progress | None = None,
+) -> Path:
+    """Export with ``torch.onnx.export(dynamo=True)``: batch 1, dynamic lengths, a key-value cache.
+
+    Inputs are ``input_ids`` and ``position_ids`` int64 ``[1, S]``, ``attention_mask`` int64
+    ``[1, P + S]`` and ``past_key_values.N.key|value`` float32 ``[1, heads, P, width]``; outputs
+    ``logits`` and ``present.N.key|value`` with P + S entries. Weights and tokenizer are written as
+    by ``export_dynamo``.
+
+    Args:
+        loaded: a model whose cache has keys and values of equal shape in each layer.
+        path: the .onnx file to write; its folder is created.
+        opset: as for ``export_dynamo``.
+        progress: called with a step's name and the fraction done, 0 to 1.
+
+    Raises:
+        DiagnosticError: QN115, QN901, QN114 as for ``export_dynamo``.
+    """
+    require("torch", "onnxscript", "transformers")
+    path, report = Path(path), progress or _no_progress
+    with _staged(path) as folder:
+        report("trace", 0.0)
+        with quiet():
+            model = _trace_cached(loaded.model, opset)
         _name_weights(model)
         report("write", 0.8)
         _write(model, folder / path.name, loaded)
@@ -147,14 +184,79 @@ def _trace(decoder: Any, sequence_length: int, opset: int) -> ir.Model:
         def forward(self, input_ids: torch.Tensor) -> Any:
             return self.decoder(input_ids=input_ids, use_cache=False).logits
 
+    arguments = (torch.zeros(1, sequence_length, dtype=torch.int64),)
+    return _traced(Logits().eval(), arguments, ["input_ids"], ["logits"], opset)
+
+
+def _trace_cached(decoder: Any, opset: int) -> ir.Model:
+    import torch  # noqa: PLC0415
+    from transformers import DynamicCache  # noqa: PLC0415
+
+    class Cached(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            position_ids: torch.Tensor,
+            past: list[torch.Tensor],
+        ) -> Any:
+            cache = DynamicCache()
+            for layer, pair in enumerate(zip(past[::2], past[1::2], strict=True)):
+                cache.update(*pair, layer)
+            found = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            layers = found.past_key_values.layers
+            return (found.logits, *(item for kv in layers for item in (kv.keys, kv.values)))
+
+    tokens, past = _EXAMPLE_TOKENS, _EXAMPLE_PAST
+    with torch.no_grad():  # how many layers and heads there are, the model knows best
+        found = decoder(torch.zeros(1, past, dtype=torch.int64), use_cache=True)
+    caches = [item for kv in found.past_key_values.layers for item in (kv.keys, kv.values)]
+    names = [f"{layer}.{kind}" for layer in range(len(caches) // 2) for kind in ("key", "value")]
+    free = torch.export.Dim.DYNAMIC  # within the bounds that the model's own code sets
+    return _traced(
+        Cached().eval(),
+        (
+            torch.zeros(1, tokens, dtype=torch.int64),
+            torch.ones(1, past + tokens, dtype=torch.int64),
+            torch.arange(past, past + tokens)[None],
+            caches,
+        ),
+        ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
+        ["logits", *(f"present.{name}" for name in names)],
+        opset,
+        ({1: free}, {1: free}, {1: free}, [{2: free}] * len(caches)),
+    )
+
+
+def _traced(
+    module: Any,
+    arguments: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    dynamic: tuple[Any, ...] | None = None,
+) -> ir.Model:
+    import torch  # noqa: PLC0415
+
     try:
         program = torch.onnx.export(
-            Logits().eval(),
-            (torch.zeros(1, sequence_length, dtype=torch.int64),),
+            module,
+            arguments,
             dynamo=True,
             opset_version=opset,
-            input_names=["input_ids"],
-            output_names=["logits"],
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
             verbose=False,
         )
     except Exception as error:  # whatever the model's own code raises under trace

@@ -14,7 +14,7 @@ from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
 from qnpu.compiler.pipeline import default_passes
-from qnpu.models.export import export_dynamo, export_optimum
+from qnpu.models.export import export_cached, export_dynamo, export_optimum
 from qnpu.models.load import load_onnx, load_torch, resolve
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.session import Feeds
@@ -52,6 +52,8 @@ def _exported(architecture: str, exporter: str) -> ir.Model:
         path = Path(folder, "model.onnx")
         if exporter == "optimum":
             export_optimum(loaded, path)
+        elif exporter == "cached":
+            export_cached(loaded, path)
         else:
             export_dynamo(loaded, path, sequence_length=LENGTH)
         model = load_onnx(path)

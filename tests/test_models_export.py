@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.models.export import export_dynamo, export_optimum
+from qnpu.models.export import export_cached, export_dynamo, export_optimum
 from qnpu.models.load import LoadedModel, load_onnx, load_tokenizer, load_torch, resolve
 from qnpu.models.tiny_decoder import ARCHITECTURES, HEAD_DIM, tiny_decoder
 
@@ -124,6 +124,35 @@ def test_optimum_export_equals_torch(tmp_path: Path, architecture: str) -> None:
     feeds["position_ids"] = np.arange(LENGTH)[None]  # of Gemma as well, where optimum has none
     (logits,) = session.run(["logits"], feeds)
     assert_same_logits(logits, loaded.model(tokens()).logits)
+    files = {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    assert b".py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_a_text_read_piece_by_piece(tmp_path: Path, architecture: str) -> None:
+    """Each piece goes on from the caches of the one before, whatever their lengths."""
+    loaded = load_torch(resolve(f"tiny-{architecture}"))
+    path = export_cached(loaded, tmp_path / "model.onnx")
+    session = ort.InferenceSession(path)
+    inputs = [entry.name for entry in session.get_inputs()]
+    outputs = [entry.name for entry in session.get_outputs()]
+    assert inputs[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert inputs[3:5] == ["past_key_values.0.key", "past_key_values.0.value"]
+    heads = 4 if architecture == "gpt2" else 2
+    past = {name: np.zeros((1, heads, 0, HEAD_DIM), np.float32) for name in inputs[3:]}
+    ids, parts, start = tokens().numpy(), [], 0
+    for length in (9, 1, 1, LENGTH - 11):
+        feeds: dict[str, Any] = {
+            "input_ids": ids[:, start : start + length],
+            "attention_mask": np.ones((1, start + length), np.int64),
+            "position_ids": np.arange(start, start + length)[None],
+        }
+        found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+        parts.append(found["logits"])
+        start += length
+    assert_same_logits(np.concatenate(parts, axis=1), loaded.model(tokens()).logits)
     files = {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in tmp_path.iterdir()} == files
     assert b".py" not in path.read_bytes()
