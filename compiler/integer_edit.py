@@ -127,6 +127,14 @@ class IntegerEditor(GraphEditor):
         result.type = one.type
         return result
 
+    def joined(self, parts: Sequence[ir.Value], like: ir.Value, *, before: ir.Node) -> ir.Value:
+        """Parts along the last axis, as one."""
+        shape = like.shape.dims if like.shape is not None else None
+        name = f"{name_of(like)}_joined"
+        result = self.node("Concat", parts, name, shape, before=before, axis=-1)
+        result.type = parts[0].type
+        return result
+
     def zero_point(self, number: int, codes: ir.Value) -> ir.Value:
         """A constant zero point in the type of codes."""
         dtype = np.int8 if codes.dtype is ir.DataType.INT8 else np.uint8

@@ -68,14 +68,12 @@ class CodedResult:
     Attributes:
         quantize: the QuantizeLinear.
         encoding: its own.
+        codes: what it gives, or a part of that along the last axis.
     """
 
     quantize: ir.Node
     encoding: Encoding
-
-    @property
-    def codes(self) -> ir.Value:
-        return self.quantize.outputs[0]
+    codes: ir.Value
 
     @property
     def scale(self) -> float:
@@ -93,7 +91,7 @@ def coded_results(value: ir.Value) -> list[CodedResult] | None:
         encoding = _own_encoding(user) if user.op_type == QUANTIZE else None
         if encoding is None:
             return None
-        found.append(CodedResult(user, encoding))
+        found.append(CodedResult(user, encoding, user.outputs[0]))
     return None if value.is_graph_output() else found
 
 
@@ -104,7 +102,7 @@ def conversions(graph: ir.Graph) -> Iterator[tuple[CodedInput, CodedResult]]:
             continue
         before, encoding = coded_input(node.inputs[0]), _own_encoding(node)
         if before is not None and encoding is not None:
-            yield before, CodedResult(node, encoding)
+            yield before, CodedResult(node, encoding, node.outputs[0])
 
 
 def real_constant(operand: Operand) -> np.ndarray | None:

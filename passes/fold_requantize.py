@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.integer_arguments import (
     Arguments,
     add_arguments,
@@ -42,6 +43,7 @@ from qnpu.compiler.quantized_results import (
 from qnpu.compiler.rules import NoIntegerForm
 
 _INT32_MAX = 2**31 - 1
+_BLOCK = 2**21  # numbers that elementwise operators get at a time: as int64 they stay in a cache
 _CLOSE_PRODUCT = Fraction(1, 256)  # LSB; a product of activations need not be exact
 
 
@@ -62,7 +64,9 @@ class FoldRequantize(Pass):
     y = clamp(⌊Σ (q_x - z_x)·q_w · s_x·s_w/s_y + 1/2⌋ + z_y): -z_x·Σ q_w and the bias are one
     constant per channel. Sums of each byte stay below 2^31, which the weights prove; where they
     do not, features are cut into pieces whose sums meet in 64 bits, as those of the two bytes do.
-    4-bit codes stay packed: a Cast unpacks them as the file is loaded.
+    4-bit codes stay packed: a Cast unpacks them as the file is loaded. Where a result is large
+    (logits), its channels are computed in several parts, because numbers of 64 bits would else go
+    through main memory a dozen times.
 
     Exact: what comes out is the exact result rounded half up, but for one in 2^30 that lies too
     close to a tie (``qnpu.compiler.integer_math``); IntMul is within 2^-8 LSB of it.
@@ -374,16 +378,44 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     one, weight = coded_input(node.inputs[0]), _Weight.of(node)
     if one is None or weight is None or (one.encoding.spec.bits > 8 and one.encoding.spec.signed):
         return None
-    sums = np.abs(weight.codes.astype(np.int64)).sum(axis=0)
-    cross = -one.zero_point * weight.codes.astype(np.int64).sum(axis=0)
+    operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
+    parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
+    shape = static_shape(node.outputs[0])
+    count = -(-prod(shape) // _BLOCK) if shape else 1
+    channels = weight.codes.shape[1]
+    if count == 1 or shape is None:
+        return _channels(editor, node, one, weight, operand, parts, result)
+    made = []
+    for start, end in itertools.pairwise(np.linspace(0, channels, count + 1).astype(int).tolist()):
+        like = ir.Value(
+            name=f"{name_of(result.codes)}_{start}",
+            type=result.codes.type,
+            shape=ir.Shape([*shape[:-1], end - start]),
+        )
+        columns = editor.part(operand, -1, start, end, before=node)
+        piece = replace(result, codes=like)
+        made.append(_channels(editor, node, one, weight.part(start, end), columns, parts, piece))
+    return editor.joined(made, result.codes, before=node)
+
+
+def _channels(
+    editor: IntegerEditor,
+    node: ir.Node,
+    one: CodedInput,
+    weight: _Weight,
+    operand: ir.Value,
+    parts: list[_Bytes],
+    result: CodedResult,
+) -> ir.Value:
+    """All channels of a linear, or some: sums, then codes."""
+    codes = weight.codes.astype(np.int64)
+    sums, cross = np.abs(codes).sum(axis=0), -one.zero_point * codes.sum(axis=0)
     bias = weight.bias_at(one.encoding.scale)
     added = [int(a) + b for a, b in zip(cross, bias, strict=True)]
     ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
     bounds = [int(total) * one.reach + abs(int(b)) for total, b in zip(sums, bias, strict=True)]
     fixed = fixed_point(ratios, bounds, result.encoding)
-    operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
-    parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
-    pieces = _pieces(np.abs(weight.codes.astype(np.int64)))
+    pieces = _pieces(np.abs(codes))
     products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
     largest = int(sums.max()) * one.encoding.spec.q_max
     return _summed(editor, node, products, fixed, result, added, largest)
@@ -430,6 +462,16 @@ class _Weight:
             bias = np.broadcast_to(bias.reshape(-1), (channels,))
         codes = widened(array).astype(np.int8)
         return cls(operand.codes, codes.T if transposed else codes, operand.scale, transposed, bias)
+
+    def part(self, start: int, end: int) -> _Weight:
+        """Some of the channels."""
+        chosen = slice(start, end)
+        return replace(
+            self,
+            codes=self.codes[:, chosen],
+            scale=self.scale[chosen] if self.scale.size > 1 else self.scale,
+            bias=self.bias[chosen] if self.bias is not None else None,
+        )
 
     def bias_at(self, scale: NDArray[np.float32]) -> list[Fraction]:
         """The bias in steps of s_x·s_w, LSB, exact: it need not be whole, scales being rounded."""

@@ -267,3 +267,15 @@ def test_what_has_no_integer_form_is_told(body: str) -> None:
     with pytest.raises(DiagnosticError) as error:
         apply(FoldRequantize(), model)
     assert {diagnostic.code for diagnostic in error.value.diagnostics} == {"QN401"}
+
+
+def test_large_results_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_model, _, _ = linear("uint16", "int8", gemm=True)
+    model, _, _ = linear("uint16", "int8", gemm=True)
+    a = codes(U16, 5, 30)
+    expected = folded(whole_model, a=a)
+    monkeypatch.setattr("qnpu.passes.fold_requantize._BLOCK", 12)  # 30 results: three parts
+    found = folded(model, a=a)
+    assert operators(model)[-1] == "Concat"
+    assert operators(model).count("MatMulInteger") == 6
+    np.testing.assert_array_equal(found, expected)
