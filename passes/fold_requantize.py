@@ -99,7 +99,9 @@ class FoldRequantize(Pass):
                     editor.take_over(result.codes, value)
             count += 1
         for before, result in conversions(model.graph):
-            editor.take_over(result.codes, _converted(editor, before, result))
+            editor.take_over(
+                result.codes, _scaled(editor, result.quantize, before, Fraction(1), result)
+            )
             count += 1
         common.RemoveUnusedNodesPass()(model)
         _refuse_floats(model.graph)
@@ -139,19 +141,6 @@ def _move_codes(editor: IntegerEditor, node: ir.Node) -> int:
         for result in coded_results(value) or ():
             editor.take_over(result.codes, value)
     return 1
-
-
-def _converted(editor: IntegerEditor, before: CodedInput, result: CodedResult) -> ir.Value:
-    ratios = exact_ratios([before.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [before.reach], result.encoding)
-    return _requantized(
-        editor,
-        before.codes,
-        fixed,
-        result,
-        [Fraction(-before.zero_point)],
-        before_node=result.quantize,
-    )
 
 
 def _requantized(
@@ -486,30 +475,22 @@ def _where(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Valu
     chosen = [coded_input(value) for value in node.inputs[1:3]]
     if any(item is None for item in chosen) or node.inputs[0] is None:
         return None
-    codes = [
-        item.codes
-        if equal(item.encoding, result.encoding)
-        else _converted_before(editor, item, result, node)
-        for item in chosen
-        if item is not None
-    ]
+    codes = [_at_result(editor, node, item, result) for item in chosen if item is not None]
     return editor.call("IntWhere", [node.inputs[0], *codes], {}, result.codes, before=node)
 
 
-def _converted_before(
-    editor: IntegerEditor, item: CodedInput, result: CodedResult, node: ir.Node
+def _at_result(
+    editor: IntegerEditor, node: ir.Node, item: CodedInput, result: CodedResult
 ) -> ir.Value:
-    ratios = exact_ratios([item.encoding.scale], result.encoding.scale)
-    fixed = fixed_point(ratios, [item.reach], result.encoding)
-    spec = result.encoding.spec
-    arguments = requantize_arguments(fixed, result.zero_point, spec, [Fraction(-item.zero_point)])
-    function = "IntRequantize" if fixed.low is None else "IntRequantizeFine"
+    """Codes at the encoding of the result."""
+    if equal(item.encoding, result.encoding):
+        return item.codes
     like = ir.Value(
         name=f"{name_of(item.codes)}_as_{name_of(result.codes)}",
         type=result.codes.type,
         shape=item.codes.shape,
     )
-    return editor.call(function, [item.codes], arguments, like, before=node)
+    return _scaled(editor, node, item, Fraction(1), replace(result, codes=like))
 
 
 _FOLDS: dict[str, Fold] = {
