@@ -169,6 +169,15 @@ class IntegerEditor(GraphEditor):
         if not keeps_name(new):
             new.name, old.name = old.name, None
 
+    def take_over_all(self, old: Sequence[ir.Value], new: Sequence[ir.Value | None]) -> bool:
+        """Takes over each value, where there is one for all of them; says whether it did."""
+        made = [value for value in new if value is not None]
+        if len(made) < len(old):
+            return False
+        for before, after in zip(old, made, strict=True):
+            self.take_over(before, after)
+        return True
+
     def _define(self, function: str) -> ir.Function:
         functions = self._model.functions
         for name in (function, *NEEDS.get(function, ())):

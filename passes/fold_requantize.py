@@ -92,12 +92,7 @@ class FoldRequantize(Pass):
             if fold is None or not results:
                 continue
             made = [fold(editor, node, result) for result in results]
-            if any(value is None for value in made):
-                continue
-            for result, value in zip(results, made, strict=True):
-                if value is not None:
-                    editor.take_over(result.codes, value)
-            count += 1
+            count += editor.take_over_all([result.codes for result in results], made)
         for before, result in conversions(model.graph):
             editor.take_over(
                 result.codes, _scaled(editor, result.quantize, before, Fraction(1), result)

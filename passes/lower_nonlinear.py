@@ -97,12 +97,7 @@ class LowerNonlinear(Pass):
             if lower is None or operand is None or not results:
                 continue
             made = [lower(editor, node, operand, result) for result in results]
-            if any(value is None for value in made):
-                continue
-            for result, value in zip(results, made, strict=True):
-                if value is not None:
-                    editor.take_over(result.codes, value)
-            count += 1
+            count += editor.take_over_all([result.codes for result in results], made)
         if count:
             common.RemoveUnusedNodesPass()(model)
         return count

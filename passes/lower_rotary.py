@@ -63,12 +63,7 @@ class LowerRotary(Pass):
             if one.operand.scale != other.operand.scale or one.shape != other.shape:
                 continue
             made = [_rotated(editor, node, one, other, result) for result in results]
-            if any(value is None for value in made):
-                continue
-            for result, value in zip(results, made, strict=True):
-                if value is not None:
-                    editor.take_over(result.codes, value)
-            count += 1
+            count += editor.take_over_all([result.codes for result in results], made)
         if count:
             common.RemoveUnusedNodesPass()(model)
         return count

@@ -68,21 +68,6 @@ def rotate(
     return requantize(terms[0] + terms[1], ratio, zero_point, spec)
 
 
-def matmul(
-    first: Codes,
-    second: Codes,
-    zero_points: tuple[int, int],
-    bias: Codes | None,
-    ratio: FixedPoint,
-    zero_point: int,
-    spec: QuantSpec,
-) -> Codes:
-    """y = clamp(⌊((q_a - z_a) @ (q_b - z_b) + b)·M + 1/2⌋ + z), b at s_a·s_b."""
-    one, other = first.astype(np.int64) - zero_points[0], second.astype(np.int64) - zero_points[1]
-    sums = one @ other if bias is None else one @ other + bias.astype(np.int64)
-    return requantize(sums, ratio, zero_point, spec)
-
-
 def _rounded(
     numbers: Sequence[Codes],
     high: Sequence[Any],
