@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -131,7 +133,15 @@ def progress_bars(*, shown: bool = True) -> Iterator[ProgressCallback]:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far, file-backed pages included."""
+    """Largest resident set of this process so far, file-backed pages included.
+
+    Linux counts that of the process which started this one in getrusage, but not in VmHWM.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -8,10 +8,12 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_INTERRUPTED = b"\ninterrupted\n"  # written to 2: sys.stderr may be redirected just then
 
 
 def compile_main() -> None:
@@ -35,9 +37,7 @@ def run_main() -> None:
 
 
 def _run(module: str, app: str) -> None:
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _leave)
+    _handle_signals(_leave_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
@@ -49,15 +49,28 @@ def _run(module: str, app: str) -> None:
     commands = importlib.import_module(f"qnpu.compiler.{module}")
     gc.freeze()
     gc.enable()
+    _handle_signals(_leave)
     getattr(commands, app)()
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Leaves by an exception, so that temporary files are removed; later signals wait for that.
+def _handle_signals(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, handler)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """While modules load there is nothing to clean up, and extensions turn exceptions to others.
 
     The exit code is 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
+    os.write(2, _INTERRUPTED)
+    os._exit(128 + number)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Leaves by an exception, so that temporary files are removed; later signals wait for that."""
     for other in _SIGNALS:
         signal.signal(other, signal.SIG_IGN)
-    os.write(2, b"\ninterrupted\n")  # sys.stderr may be redirected just now
+    os.write(2, _INTERRUPTED)
     sys.exit(128 + number)

@@ -516,7 +516,7 @@ def test_a_second_compile_into_the_same_folder_waits(compiled: Path, tmp_path: P
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("seconds", [0.4, 1.2])
+@pytest.mark.parametrize("seconds", [0.2, 0.3, 0.4, 0.6, 1.2])
 def test_a_signal_at_any_moment(seconds: float, compiled: Path) -> None:
     """All or nothing, whatever it was doing; the result may already be complete.
 

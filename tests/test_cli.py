@@ -92,6 +92,15 @@ def test_json_is_complete(home: Path) -> None:
     assert result["lowest_sqnr_db"]
 
 
+def test_peak_memory_is_not_that_of_the_process_before() -> None:
+    """Linux' getrusage counts that of whoever started it, which here is large."""
+    ours = bytearray(2**29)
+    script = "from qnpu.compiler.console import peak_rss_bytes; print(peak_rss_bytes())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert 2**24 < int(done.stdout) < len(ours)
+
+
 def test_the_report_tells_how_it_was_made(home: Path) -> None:
     result = report(home / "out")
     assert result["config"]["seq_len"] == 16
