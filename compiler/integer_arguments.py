@@ -26,6 +26,7 @@ Arguments = dict[str, NDArray[Any]]
 
 _LIFT = 1 << LIFT_BITS
 _NOTHING = Fraction(0)
+_LOOKUP_ROWS = 4  # looked up by as many threads at most, each of which has a table in its cache
 _ROOTS = 31  # powers of four below 2^62
 
 
@@ -127,6 +128,26 @@ def split_arguments() -> Arguments:
 def join_arguments() -> Arguments:
     """Of IntJoin."""
     return {"radix": np.array(256, np.int32)}
+
+
+def lookup_arguments(table: NDArray[Any], elements: int) -> Arguments:
+    """Of IntLookup.
+
+    Args:
+        table: shape (2^bits,).
+        elements: how many are looked up; 0 where that is not known.
+    """
+    rows = next(count for count in (_LOOKUP_ROWS, 2, 1) if elements % count == 0)
+    return {
+        "table": table,
+        "copies": np.array([rows if elements else 1, len(table)], np.int64),
+        "rows": np.array([rows if elements else 1, -1], np.int64),
+    }
+
+
+def lookup_pair_arguments(table: NDArray[Any], elements: int) -> Arguments:
+    """Of IntLookupPair; as ``lookup_arguments``, the table of shape (2^16,)."""
+    return {"radix": np.array(256, np.int32), **lookup_arguments(table, elements)}
 
 
 def softmax_arguments(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.graph_edit import GraphEditor, keeps_name, name_of, replace_value
-from qnpu.compiler.integer_arguments import Arguments
+from qnpu.compiler.graph_edit import (
+    GraphEditor,
+    keeps_name,
+    name_of,
+    replace_value,
+    static_shape,
+)
+from qnpu.compiler.integer_arguments import Arguments, lookup_arguments
 from qnpu.compiler.integer_functions import DOMAIN, NEEDS, VERSION, integer_function
-
-
-def stored_type(kind: ir.DataType) -> ir.DataType:
-    """The type of integers that hold codes of a type: a byte for those of four bits."""
-    wide = {ir.DataType.UINT4: ir.DataType.UINT8, ir.DataType.INT4: ir.DataType.INT8}
-    return wide.get(kind, kind)
+from qnpu.compiler.quantized_results import stored_type
 
 
 class IntegerEditor(GraphEditor):
@@ -79,6 +81,13 @@ class IntegerEditor(GraphEditor):
             output.type = ir.TensorType(kind)
         self.graph.insert_before(before, node)
         return node.outputs[0]
+
+    def lookup(
+        self, codes: ir.Value, table: NDArray[Any], like: ir.Value, *, before: ir.Node
+    ) -> ir.Value:
+        """What a table holds for each code, negative ones from its end."""
+        arguments = lookup_arguments(table, prod(static_shape(codes) or (0,)))
+        return self.call("IntLookup", [codes], arguments, like, before=before)
 
     def split(self, codes: ir.Value, arguments: Arguments, *, before: ir.Node) -> list[ir.Value]:
         """High and low byte of 16-bit codes; of the same codes only once."""

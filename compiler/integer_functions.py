@@ -118,9 +118,22 @@ def IntJoin(high, low, radix):
 
 
 @script(QNPU, default_opset=op)
-def IntLookup(x, table):
-    """y = table[x]; of signed codes the negative ones count from the table's end."""
-    return op.Gather(table, op.Cast(x, to=_INT32))
+def IntLookup(x, table, copies, rows):
+    """y = table[x]; of signed codes the negative ones count from the table's end.
+
+    GatherElements is faster than Gather by far, with threads for rows that each have a table.
+    """
+    index = op.Reshape(op.Cast(x, to=_INT32), rows)
+    found = op.GatherElements(op.Expand(table, copies), index, axis=1)
+    return op.Reshape(found, op.Shape(x))
+
+
+@script(QNPU, default_opset=op)
+def IntLookupPair(a, b, radix, table, copies, rows):
+    """y = table[radix·a + b], of codes of 8 bits; negative indices count from the table's end."""
+    index = op.Cast(a, to=_INT32) * radix + op.Cast(b, to=_INT32)
+    found = op.GatherElements(op.Expand(table, copies), op.Reshape(index, rows), axis=1)
+    return op.Reshape(found, op.Shape(a))
 
 
 @script(QNPU, default_opset=op)
@@ -221,6 +234,7 @@ _BODIES = (
     IntSplit,
     IntJoin,
     IntLookup,
+    IntLookupPair,
     IntWhere,
     IntSoftmax,
     IntSqrt,

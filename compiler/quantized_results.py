@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import QUANTIZE, Operand, input_operand
 from qnpu.compiler.qdq_edit import encoding_of, spec_of
-from qnpu.compiler.quant_types import Encoding
+from qnpu.compiler.quant_types import Encoding, FloatArray
+
+
+def stored_type(kind: ir.DataType) -> ir.DataType:
+    """The type of integers that hold codes of a type: a byte for those of four bits."""
+    wide = {ir.DataType.UINT4: ir.DataType.UINT8, ir.DataType.INT4: ir.DataType.INT8}
+    return wide.get(kind, kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +48,20 @@ class CodedInput:
     def reach(self) -> int:
         """Greatest distance of a code in use from the zero point, LSB."""
         return self.encoding.reach
+
+    @property
+    def table_order(self) -> NDArray[np.int64]:
+        """All codes in the order of a table, which negative indices read from its end."""
+        codes = np.arange(1 << self.encoding.spec.bits)
+        half = len(codes) // 2
+        return (
+            np.where(codes >= half, codes - 2 * half, codes) if self.encoding.spec.signed else codes
+        )
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """All codes less the zero point, LSB, in the order of a table."""
+        return self.table_order - self.zero_point
 
     @property
     def single(self) -> int | None:
@@ -82,6 +104,17 @@ class CodedResult:
     @property
     def zero_point(self) -> int:
         return int(self.encoding.zero_point)
+
+    def rounded(self, real: FloatArray) -> NDArray[Any]:
+        """Codes of numbers, float64, at the scale of the result: rounded half up, clipped.
+
+        float64 is off by 2^-36 LSB at most, as results have 16 bits.
+        """
+        spec = self.encoding.spec
+        nearest = np.floor(real + 0.5) + self.zero_point
+        kind = stored_type(spec.dtype).numpy()
+        codes: NDArray[Any] = np.clip(nearest, spec.q_min, spec.q_max).astype(kind)
+        return codes
 
 
 def coded_results(value: ir.Value) -> list[CodedResult] | None:

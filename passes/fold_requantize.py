@@ -24,7 +24,7 @@ from qnpu.compiler.integer_arguments import (
     requantize_arguments,
     split_arguments,
 )
-from qnpu.compiler.integer_edit import IntegerEditor, stored_type
+from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import FixedPoint, exact_ratios, fixed_point
 from qnpu.compiler.op_traits import is_float, is_standard, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, input_operand
@@ -39,6 +39,7 @@ from qnpu.compiler.quantized_results import (
     conversions,
     label,
     real_constant,
+    stored_type,
 )
 from qnpu.compiler.rules import NoIntegerForm
 
@@ -57,8 +58,8 @@ class FoldRequantize(Pass):
         DQ(x: u16), DQ(w: s8) → MatMul → Q         qnpu.IntSplit, 2 MatMulInteger, qnpu.IntAdd
         DQ(a), DQ(b) → MatMul → Q                  the same, with zero points of both
         DQ(a), DQ(b) → Add, Sub → Q                qnpu.IntAdd
-        DQ(a), DQ(b) → Mul → Q                     qnpu.IntMul; by one number: qnpu.IntRequantize
-        DQ → Q                                     qnpu.IntRequantize
+        DQ(a), DQ(b) → Mul → Q                     qnpu.IntMul; by one number: qnpu.IntLookup
+        DQ → Q                                     qnpu.IntLookup
         DQ → Reshape, Transpose, Concat … → Q      the same operator on codes
 
     y = clamp(⌊Σ (q_x - z_x)·q_w · s_x·s_w/s_y + 1/2⌋ + z_y): -z_x·Σ q_w and the bias are one
@@ -208,11 +209,10 @@ def _negate(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
 def _scaled(
     editor: IntegerEditor, node: ir.Node, one: CodedInput, factor: Fraction, result: CodedResult
 ) -> ir.Value:
+    """Codes at another scale, times a factor: one of few numbers, so looked up."""
     ratio = exact_ratios([one.encoding.scale], result.encoding.scale)[0] * factor
-    fixed = fixed_point([ratio], [one.reach], result.encoding)
-    return _requantized(
-        editor, one.codes, fixed, result, [Fraction(-one.zero_point)], before_node=node
-    )
+    table = result.rounded(one.numbers * float(ratio))
+    return editor.lookup(one.codes, table, result.codes, before=node)
 
 
 def _keeps_shape(node: ir.Node, codes: ir.Value) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -11,20 +12,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.integer_arguments import norm_arguments, softmax_arguments
-from qnpu.compiler.integer_edit import IntegerEditor, stored_type
+from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
+from qnpu.compiler.integer_arguments import (
+    lookup_pair_arguments,
+    norm_arguments,
+    softmax_arguments,
+)
+from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import NormShape, norm_numbers, softmax_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.quant_types import Encoding, FloatArray
+from qnpu.compiler.quant_types import FloatArray
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
     coded_input,
     coded_results,
     real_constant,
+    stored_type,
 )
 
 # Functions of one number, whose every value a table holds.
@@ -73,11 +79,12 @@ class LowerNonlinear(Pass):
         DQ → LayerNormalization → Q   qnpu.IntLayerNorm
         DQ → Sigmoid → Q              qnpu.IntLookup (Tanh, Gelu, Pow with a constant, …)
         DQ(x) · DQ(f(x)) → Q          qnpu.IntLookup of x alone
+        DQ(x) · DQ(f(y)) → Q          qnpu.IntLookupPair, where x and y have 8 bits
 
     Each takes codes and gives codes. Softmax and norms are formulas in 64-bit integers
     (``qnpu.compiler.integer_functions``; quantnpu.md §6), within 1 LSB of the exact result.
     Functions of one number become tables of all 2^b results, exactly rounded: 256 or 65,536
-    entries.
+    entries; so do products of two 8-bit numbers, or of what was looked up for such.
 
     Must not fire where an input has several scales or none, a result is read as a float, or a
     norm's gains are computed.
@@ -202,54 +209,65 @@ def _lookup(
 ) -> ir.Value | None:
     if operand.constant or any(v is not None and not _is_scalar(v) for v in node.inputs[1:]):
         return None
-    real = _function_values(node, operand)
-    return _table(editor, node, operand.codes, real, result)
+    table = result.rounded(_function_values(node, operand) / result.scale)
+    return editor.lookup(operand.codes, table, result.codes, before=node)
 
 
 def _lookup_of_product(
     editor: IntegerEditor, node: ir.Node, operand: CodedInput, result: CodedResult
 ) -> ir.Value | None:
-    """A product of a number and a function of it, or of two functions of it, is one as well."""
-    factors = [coded_input(value) for value in node.inputs]
-    views = [_as_function(factor) for factor in factors if factor is not None]
-    if len(views) < 2 or views[0][0] is not views[1][0] or "IntLookup" not in _made_by(factors):
+    """A product of functions of one number is a function of it; of two of 8 bits, of the pair."""
+    factors = [_Function.of(value) for value in node.inputs]
+    one, other = factors if len(factors) == 2 else (None, None)
+    if one is None or other is None:
         return None
-    return _table(editor, node, views[0][0], views[0][1] * views[1][1], result)
+    if one.codes is other.codes:
+        if not (one.looked_up or other.looked_up):
+            return None
+        table = result.rounded(one.real * other.real / result.scale)
+        return editor.lookup(one.codes, table, result.codes, before=node)
+    shape = static_shape(one.codes)
+    if shape is None or static_shape(other.codes) != shape or len(one.real) + len(other.real) > 512:
+        return None
+    table = np.empty(1 << 16, stored_type(result.encoding.spec.dtype).numpy())
+    places = (256 * one.numbers[:, None] + other.numbers) % len(table)
+    table[places] = result.rounded(np.outer(one.real, other.real) / result.scale)
+    arguments = lookup_pair_arguments(table, prod(shape))
+    return editor.call(
+        "IntLookupPair", [one.codes, other.codes], arguments, result.codes, before=node
+    )
 
 
-def _table(
-    editor: IntegerEditor, node: ir.Node, codes: ir.Value, real: FloatArray, result: CodedResult
-) -> ir.Value:
-    """A look-up of what a function is for each code, rounded half up."""
-    spec = result.encoding.spec
-    nearest = np.floor(real / result.scale + 0.5) + result.zero_point
-    kind = stored_type(spec.dtype).numpy()
-    table = np.clip(nearest, spec.q_min, spec.q_max).astype(kind)
-    return editor.call("IntLookup", [codes], {"table": table}, result.codes, before=node)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Function:
+    """A factor as a function of codes: of itself, or of those that a table was looked up for.
 
+    Attributes:
+        codes: the latter.
+        numbers: all that they can be, in the order of a table.
+        real: what the factor is for each of them.
+        looked_up: a table is behind it.
+    """
 
-def _made_by(factors: Sequence[CodedInput | None]) -> set[str]:
-    makers = [factor.codes.producer() for factor in factors if factor is not None]
-    return {maker.op_type for maker in makers if maker is not None}
+    codes: ir.Value
+    numbers: NDArray[np.int64]
+    real: FloatArray
+    looked_up: bool
 
-
-def _as_function(factor: CodedInput) -> tuple[ir.Value, FloatArray]:
-    """Codes, and what a factor is for each of them, real: of a table's result those it looks up."""
-    maker = factor.codes.producer()
-    table = constant_array(maker.inputs[1]) if maker and maker.op_type == "IntLookup" else None
-    if maker is not None and table is not None and maker.inputs[0] is not None:
-        return maker.inputs[0], (table.astype(np.int64) - factor.zero_point) * factor.scale
-    return factor.codes, _numbers(factor.encoding)
-
-
-def _numbers(encoding: Encoding) -> FloatArray:
-    """What each code stands for, real; negative codes come last."""
-    codes = np.arange(1 << encoding.spec.bits)
-    if encoding.spec.signed:
-        half = 1 << (encoding.spec.bits - 1)
-        codes = np.where(codes >= half, codes - 2 * half, codes)
-    found: FloatArray = (codes - int(encoding.zero_point)) * float(encoding.scale)
-    return found
+    @classmethod
+    def of(cls, value: ir.Value | None) -> _Function | None:
+        factor = coded_input(value)
+        if factor is None or factor.constant:
+            return None
+        maker = factor.codes.producer()
+        table = constant_array(maker.inputs[1]) if maker and maker.op_type == "IntLookup" else None
+        if maker is None or table is None or maker.inputs[0] is None:
+            return cls(factor.codes, factor.table_order, factor.numbers * factor.scale, False)
+        real = (table.astype(np.int64) - factor.zero_point) * factor.scale
+        codes = np.arange(len(table))
+        if maker.inputs[0].dtype is not None and maker.inputs[0].dtype.is_signed():
+            codes = np.where(codes >= len(table) // 2, codes - len(table), codes)
+        return cls(maker.inputs[0], codes, real, True)
 
 
 def _is_scalar(value: ir.Value) -> bool:
@@ -265,7 +283,7 @@ def _function_values(node: ir.Node, operand: CodedInput) -> NDArray[np.float64]:
 
     from qnpu.runtime_check.torch_executor import TorchExecutor  # noqa: PLC0415
 
-    real = _numbers(operand.encoding)
+    real = operand.numbers * operand.scale
     inputs = {name_of(node.inputs[0]): torch.from_numpy(real)} if node.inputs[0] else {}
     for value in node.inputs[1:]:
         constant = real_constant(input_operand(value)) if value is not None else None

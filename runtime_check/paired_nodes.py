@@ -31,7 +31,7 @@ _KINDS = {
 }
 EXACT_KINDS = frozenset({"add", "conversion", "layout", "linear"})
 """Kinds of which the integer function gives the Q/DQ graph's codes, every rounding included."""
-_KINDS_OF_FUNCTIONS = {"IntLookup": "lookup", "IntRotate": "rotary"}
+_KINDS_OF_FUNCTIONS = {"IntRotate": "rotary"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

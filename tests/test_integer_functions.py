@@ -11,6 +11,8 @@ import pytest
 from qnpu.compiler.integer_arguments import (
     add_arguments,
     join_arguments,
+    lookup_arguments,
+    lookup_pair_arguments,
     multiply_arguments,
     norm_arguments,
     requantize_arguments,
@@ -121,11 +123,25 @@ def test_split() -> None:
 
 
 @each_spec
-def test_lookup(spec: QuantSpec) -> None:
-    given = codes(spec, 30, 50)
+@pytest.mark.parametrize("shape", [(30, 50), (2, 3), (3, 5), (1,)])
+@pytest.mark.parametrize("known", [True, False])
+def test_lookup(spec: QuantSpec, shape: tuple[int, ...], known: bool) -> None:
+    given = codes(spec, *shape)
     table = codes(U16, 1 << spec.bits, seed=3)
-    found = call("IntLookup", [given], {"table": table}, U16.dtype)[0]
+    arguments = lookup_arguments(table, given.size if known else 0)
+    found = call("IntLookup", [given], arguments, U16.dtype)[0]
     np.testing.assert_array_equal(found, table[given.astype(np.int64) % (1 << spec.bits)])
+
+
+@pytest.mark.parametrize("kinds", [(U8, U8), (S8, U8), (U8, S8), (S8, S8)], ids=str)
+def test_lookup_pair(kinds: tuple[QuantSpec, QuantSpec]) -> None:
+    one, other = (codes(kind, 300, 500, seed=index) for index, kind in enumerate(kinds))
+    table = codes(U16, 1 << 16, seed=3)
+    arguments = lookup_pair_arguments(table, one.size)
+    found = call("IntLookupPair", [one, other], arguments, U16.dtype)[0]
+    places = 256 * one.astype(np.int64) + other
+    np.testing.assert_array_equal(found, table[places % (1 << 16)])
+    assert len(np.unique(places)) > 0.8 * len(table)
 
 
 def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:

@@ -116,13 +116,47 @@ def test_a_number_times_a_function_of_it(kind: str) -> None:
     np.testing.assert_array_equal(run_model(model, {"x": given})[0], expected)
 
 
-def test_a_product_of_two_numbers_is_left_alone() -> None:
-    model = parse("""
-        g (uint8[4] x, uint8[4] w) => (uint8[4] y) <float s = {0.1}, uint8 z = {0}>
-        {
-            a = DequantizeLinear(x, s, z) b = DequantizeLinear(w, s, z)
+@pytest.mark.parametrize("kinds", [("uint8", "uint8"), ("int8", "uint8"), ("uint8", "int8")])
+def test_a_function_times_another_number(kinds: tuple[str, str]) -> None:
+    """Of 8 bits: a table of both, with the roundings of the sigmoid and of the product."""
+    spec, other = (KINDS[kind] for kind in kinds)
+    zeros = [(item.q_min + item.q_max) // 3 for item in (spec, other)]
+    model = parse(f"""
+        g ({kinds[0]}[4, 64] x, {kinds[1]}[4, 64] w) => (uint16[4, 64] y)
+        <float s = {{0.05}}, {kinds[0]} z = {{{zeros[0]}}}, {kinds[1]} zw = {{{zeros[1]}}},
+         float p = {{0.0000152587890625}}, uint16 o = {{0}}, float t = {{0.0002}},
+         uint16 n = {{30000}}>
+        {{
+            a = DequantizeLinear(x, s, z)
+            h = Sigmoid(a)
+            h_codes = QuantizeLinear(h, p, o)
+            h_real = DequantizeLinear(h_codes, p, o)
+            b = DequantizeLinear(w, s, zw)
+            product = Mul(h_real, b)
+            y = QuantizeLinear(product, t, n)
+        }}
+    """)
+    assert apply(LowerNonlinear(), model) == 2
+    assert operators(model) == [("qnpu", "IntLookupPair")]
+    given, factor = codes(spec, 4, 64), codes(other, 4, 64, seed=1)
+    scale, step = float(np.float32(0.05)), float(np.float32(0.0002))
+    sigmoid = np.floor(65536 / (1 + np.exp(-scale * (given.astype(float) - zeros[0]))) + 0.5)
+    real = np.minimum(sigmoid, 65535) / 65536 * scale * (factor.astype(float) - zeros[1])
+    expected = np.clip(np.floor(real / step + 0.5) + 30000, 0, 65535)
+    found = run_model(model, {"x": given, "w": factor})[0]
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 200
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("uint16", "4"), ("uint8", "1")])
+def test_other_products_are_left_alone(kind: str, shape: str) -> None:
+    model = parse(f"""
+        g (uint8[4] x, {kind}[{shape}] w) => (uint8[4] y)
+        <float s = {{0.1}}, uint8 z = {{0}}, {kind} o = {{0}}>
+        {{
+            a = DequantizeLinear(x, s, z) b = DequantizeLinear(w, s, o)
             product = Mul(a, b) y = QuantizeLinear(product, s, z)
-        }
+        }}
     """)
     assert apply(LowerNonlinear(), model) == 0
 
