@@ -63,6 +63,7 @@ from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.recalibrate_ranges import RecalibrateRanges
 from qnpu.passes.round_weights import RoundWeights
+from qnpu.passes.snap_scales import SnapScales
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
 from qnpu.runtime_check.feeds import FeedSource, FirstRuns
@@ -144,8 +145,10 @@ def default_passes(
     turns = config.learn_weights == "rotations"  # of which codes are the nearest, so before others
     method = RangeMethod(config.range_method)
     again: list[Pass] = [RecalibrateRanges(measured, method, progress=progress)]
+    snapping: list[Pass] = [SnapScales()] if config.integer or config.context else []
     encodings: list[Pass] = [
         CalibrateRanges(measured, method, progress=progress),
+        *(snapping if config.learn == "none" else []),
         *(learning if config.learn != "none" and turns else []),
         *(rounding if config.chosen_bits else []),
         *(learning if config.learn != "none" and not turns else []),

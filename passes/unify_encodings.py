@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
@@ -43,17 +45,10 @@ class UnifyEncodings(Pass):
         table = compilation.encodings
         count = 0
         for group in encoding_groups(compilation.graph):
-            members = [name_of(value) for value in group]
-            known = [table[name] for name in members if name in table]
-            if not known or (len(members) == 1):
+            merged = merged_encoding(group, table)
+            if merged is None or len(group) == 1:
                 continue
-            fixed = [
-                table[name_of(value)]
-                for value in group
-                if (node := value.producer()) is not None and node.op_type in FIXED_RANGES
-            ]
-            merged = _merge(known, fixed)
-            for name in members:
+            for name in map(name_of, group):
                 if name not in table or not table[name].same_as(merged):
                     table[name] = merged
                     count += 1
@@ -64,6 +59,19 @@ class UnifyEncodings(Pass):
         for linear in biased:
             count += _derive_bias(linear, compilation)
         return count
+
+
+def merged_encoding(group: Sequence[ir.Value], table: EncodingTable) -> Encoding | None:
+    """What a group of values is to share; None where none of them has an encoding."""
+    encoded = [value for value in group if name_of(value) in table]
+    if not encoded:
+        return None
+    fixed = [
+        table[name_of(value)]
+        for value in encoded
+        if (node := value.producer()) is not None and node.op_type in FIXED_RANGES
+    ]
+    return _merge([table[name_of(value)] for value in encoded], fixed)
 
 
 def _merge(known: list[Encoding], fixed: list[Encoding]) -> Encoding:

@@ -20,7 +20,9 @@ from qnpu.runtime_check.feeds import TokenWindows
 from tests.conftest import parse
 
 WINDOWS = TokenWindows(np.array([[0, 3, 1, 2], [2, 2, 3, 0]]))
-EVERYTHING = CompileConfig(seq_len=4, online=("r3", "r4"), prefix="1", integer_io=True)
+EVERYTHING = CompileConfig(
+    seq_len=4, online=("r3", "r4"), prefix="1", integer_io=True, integer=True
+)
 PASSES = default_passes(EVERYTHING, WINDOWS)
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,166 @@
+"""Requantization in 32 bits, where ratios of scales are small whole numbers times 2^-k.
+
+Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data::
+
+    y = clamp(⌊Σ_i a_i · M_i + f + 1/2⌋ + z)
+      = clamp(((Σ_i a_i · m_i + ⌊f · 2^k⌋ + 2^(k-1)) >> k) + z)
+
+as Σ a·m and 2^(k-1) are whole. Sums are kept modulo 2^32, lifted so that none is negative; the
+least and the greatest number that each a can be prove that they are below 2^32. Float32 does the
+same where products stay below 2^24: there it is exact as well (QLinearMatMul).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnpu.compiler.integer_math import stored_bits
+from qnpu.compiler.quant_types import Encoding, QuantSpec
+
+_WORD = 1 << 32
+_FLOAT_WHOLE = 1 << 24  # up to here float32 holds every whole number
+_FLOAT_SHIFT = 120  # m·2^-shift is a normal float32
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand.
+
+    Attributes:
+        ratios: M, one per channel, or one alone.
+        low, high: the least and the greatest a there can be, as many or one alone.
+    """
+
+    ratios: Sequence[Fraction]
+    low: Sequence[int]
+    high: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShortPoint:
+    """Ratios of scales as integers, without error.
+
+    Attributes:
+        multipliers: m, one array per term, int64, shape () or (channels,).
+        shift: k.
+        start: ⌊f · 2^k⌋ + 2^(k-1), int64, shape () or (channels,).
+        lift: added to results, LSB, so that no sum is negative; it vanishes in the cast to codes.
+    """
+
+    multipliers: tuple[NDArray[np.int64], ...]
+    shift: int
+    start: NDArray[np.int64]
+    lift: int
+
+
+def short_point(
+    terms: Sequence[Term], addends: Sequence[Fraction], zero_point: int, spec: QuantSpec
+) -> ShortPoint | None:
+    """Integers for ratios; None where a ratio has an odd denominator or a sum may leave 32 bits.
+
+    Args:
+        terms: what is added up.
+        addends: f, LSB of the result, one per channel, or one alone.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    count = max(len(addends), *(len(term.ratios) for term in terms))
+    behind = [_bits_behind(ratio) for term in terms for ratio in term.ratios]
+    return (
+        None if min(behind) < 0 else _lifted(terms, addends, max(behind), zero_point, spec, count)
+    )
+
+
+def _bits_behind(ratio: Fraction) -> int:
+    """k of m·2^-k, one at least; -1 where there is none."""
+    denominator = ratio.denominator
+    return max(1, denominator.bit_length() - 1) if denominator & (denominator - 1) == 0 else -1
+
+
+def _lifted(
+    terms: Sequence[Term],
+    addends: Sequence[Fraction],
+    shift: int,
+    zero_point: int,
+    spec: QuantSpec,
+    count: int,
+) -> ShortPoint | None:
+    """One shift and one lift for all channels, so that all are clipped alike."""
+    unit = 1 << shift
+    factors = [[int(_at(t.ratios, c) * unit) for c in range(count)] for t in terms]
+    starts = [floor(_at(addends, c) * unit) + unit // 2 for c in range(count)]
+    least, most = 0, 0
+    for c, start in enumerate(starts):
+        ends = [
+            (m[c] * _at(t.low, c), m[c] * _at(t.high, c))
+            for t, m in zip(terms, factors, strict=True)
+        ]
+        fixed = start + zero_point * unit
+        least = min(least, sum(map(min, ends)) + fixed)
+        most = max(most, sum(map(max, ends)) + fixed)
+    size = 1 << stored_bits(spec)
+    lift = -(-max(-spec.q_min, -(least // unit)) // size) * size
+    if max(most, spec.q_max * unit) + lift * unit >= _WORD:
+        return None
+    return ShortPoint(
+        multipliers=tuple(_array(numbers) for numbers in factors),
+        shift=shift,
+        start=_array(starts),
+        lift=lift,
+    )
+
+
+def _at(numbers: Sequence[Any], channel: int) -> Any:
+    return numbers[channel if len(numbers) > 1 else 0]
+
+
+def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
+    """One number alone where all are equal."""
+    same = all(number == numbers[0] for number in numbers)
+    return np.array(numbers[0] if same else numbers, np.int64)
+
+
+def linear_terms(
+    taken: QuantSpec, codes: NDArray[Any], ratios: Sequence[Fraction]
+) -> tuple[Term, ...]:
+    """The sums that a linear can make of any codes.
+
+    Args:
+        taken: spec of x.
+        codes: of the weight, shape (features, channels).
+        ratios: M, one per channel, or one alone.
+    """
+    wide = codes.astype(np.int64)
+    up, down = np.maximum(wide, 0).sum(axis=0), np.minimum(wide, 0).sum(axis=0)
+    low = (taken.q_min * up + taken.q_max * down).tolist()
+    high = (taken.q_max * up + taken.q_min * down).tolist()
+    return (Term(ratios, low, high),)
+
+
+def exact_in_float(ratios: Sequence[Fraction], bounds: Sequence[int], result: Encoding) -> bool:
+    """True where float32 makes the exact codes of float(a)·M, for every a within its bound.
+
+    Below 2^24 the product is exact. It never falls as a grows: beyond the first a of which the
+    result is clipped, and up to which it is exact, all is clipped.
+
+    Args:
+        ratios: M, one per channel, or one alone.
+        bounds: greatest |a|, as many or one alone.
+        result: encoding of the result.
+    """
+    limit = result.reach + 1
+    for index, ratio in enumerate(ratios):
+        k = ratio.denominator.bit_length() - 1
+        if ratio.denominator != 1 << k or k > _FLOAT_SHIFT or ratio <= 0:
+            return False
+        last = min(_at(bounds, index), -(-limit // ratio))
+        if max(last, last * ratio.numerator, ratio.numerator) > _FLOAT_WHOLE:
+            return False
+    return True

@@ -1,0 +1,107 @@
+"""integer_short: sums proved to fit 32 bits, exact results, ratios that have no such form."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qnpu.compiler.integer_math import round_half_up
+from qnpu.compiler.integer_short import Term, exact_in_float, linear_terms, short_point
+from tests.integer_nodes import S8, SPECS, U8, U16, result
+
+
+def by_hand(total: Fraction, zero: int, low: int, high: int) -> int:
+    return min(max(round_half_up(total) + zero, low), high)
+
+
+@given(
+    st.sampled_from(SPECS),
+    st.lists(st.tuples(st.integers(1, 255), st.integers(0, 12)), min_size=1, max_size=3),
+    st.integers(-3000, 0),
+    st.integers(0, 3000),
+    st.fractions(-100, 100, max_denominator=7),
+    st.data(),
+)
+def test_exact_at_the_ends_and_at_ties(
+    spec: object,
+    forms: list[tuple[int, int]],
+    low: int,
+    high: int,
+    addend: Fraction,
+    data: st.DataObject,
+) -> None:
+    assert isinstance(spec, type(U8))
+    zero = data.draw(st.integers(spec.q_min, spec.q_max))
+    ratios = [Fraction(m, 1 << k) for m, k in forms]
+    point = short_point([Term(ratios, [low], [high])], [addend], zero, spec)
+    assert point is not None
+    for channel, ratio in enumerate(ratios):
+        k = point.shift
+        m, start = (
+            int(np.broadcast_to(a, len(ratios))[channel])
+            for a in (point.multipliers[0], point.start)
+        )
+        ties = [round(Fraction(2 * n + 1, 2) / ratio) for n in (-3, 0, 5)]
+        for a in (low, high, 0, *(min(max(tie, low), high) for tie in ties)):
+            lifted = a * m + start + ((zero + point.lift) << k)
+            assert 0 <= lifted < 1 << 32
+            found = min(max(lifted >> k, point.lift + spec.q_min), point.lift + spec.q_max)
+            expected = by_hand(a * ratio + addend, zero, spec.q_min, spec.q_max)
+            assert found - point.lift == expected
+    assert point.lift % (1 << spec.bits) == 0
+
+
+def test_two_terms() -> None:
+    terms = [Term([Fraction(3, 4)], [0], [65535]), Term([Fraction(1, 64)], [0], [65535])]
+    point = short_point(terms, [Fraction(-9)], 100, U16)
+    assert point is not None
+    assert [int(m) for m in point.multipliers] == [48, 1]
+    assert point.shift == 6
+
+
+def test_one_shift_for_all_channels() -> None:
+    ratios = [Fraction(1, 4), Fraction(17, 256)]
+    point = short_point([Term(ratios, [-1000], [1000])], [Fraction(0)], 0, U8)
+    assert point is not None
+    assert point.shift == 8
+    np.testing.assert_array_equal(point.multipliers[0], [64, 17])
+
+
+def test_what_has_no_short_form() -> None:
+    assert short_point([Term([Fraction(1, 3)], [0], [1])], [Fraction(0)], 0, U8) is None
+    many = Term([Fraction(255, 256)], [0], [1 << 25])
+    assert short_point([many], [Fraction(0)], 0, U8) is None
+    assert short_point([Term([Fraction(1, 2)], [0], [9])], [Fraction(0)], 0, U8) is not None
+
+
+def test_terms_of_a_linear_are_its_extremes() -> None:
+    (term,) = linear_terms(U8, np.array([[3, -1], [-2, 0]], np.int8), [Fraction(1)])
+    assert term.low == [-510, -255]
+    assert term.high == [765, 0]
+    (term,) = linear_terms(S8, np.array([[3], [-2]], np.int8), [Fraction(1)])
+    assert (term.low, term.high) == ([-128 * 3 - 127 * 2], [127 * 3 + 128 * 2])
+
+
+@given(st.integers(1, 31), st.integers(0, 18), st.integers(0, 255), st.integers(1, 1 << 26))
+def test_float32_is_exact_where_it_is_said_to_be(m: int, k: int, zero: int, bound: int) -> None:
+    ratio = Fraction(m, 1 << k)
+    if not exact_in_float([ratio], [bound], result(U8, zero=zero)):
+        return
+    known = {bound, -bound, 0, 1, bound - 1}
+    known |= {round(Fraction(2 * n + 1, 2) / ratio) + d for n in (-256, -1, 0, 255) for d in (0, 1)}
+    for a in (a for a in known if abs(a) <= bound):
+        product = np.float32(a) * np.float32(float(ratio))
+        found = min(max(int(np.rint(product)), -zero), 255 - zero)
+        exact = round(a * ratio)  # half to even
+        assert found == min(max(exact, -zero), 255 - zero)
+
+
+def test_float32_is_not_exact_everywhere() -> None:
+    to = result(U8, zero=0)
+    assert exact_in_float([Fraction(31, 1 << 14)], [1 << 30], to)
+    assert not exact_in_float([Fraction(31, 1 << 20)], [1 << 30], to)
+    assert exact_in_float([Fraction(31, 1 << 20)], [1 << 19], to)
+    assert not exact_in_float([Fraction(1, 3)], [10], to)
