@@ -20,6 +20,7 @@ from qnpu.compiler.integer_math import (
     round_half_up,
     stored_bits,
 )
+from qnpu.compiler.integer_short import ShortPoint
 from qnpu.compiler.quant_types import QuantSpec
 
 Arguments = dict[str, NDArray[Any]]
@@ -60,6 +61,25 @@ def requantize_arguments(
         found["fine_offset"] = _unsigned(_LIFT + rest)
         found["fine_shift"] = _unsigned(ratio.fine)
     return found | _limits(ratio.shift, spec)
+
+
+def short_arguments(point: ShortPoint, zero_point: int, spec: QuantSpec) -> Arguments:
+    """Of IntRequantizeShort, or IntAddShort where there are two terms.
+
+    Args:
+        point: the ratios.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    names = ["multiplier"] if len(point.multipliers) == 1 else ["multiplier_a", "multiplier_b"]
+    start = _whole(point.start) + ((zero_point + point.lift) << point.shift)
+    return {
+        **{name: _word(m) for name, m in zip(names, point.multipliers, strict=True)},
+        "offset": _word(start),
+        "shift": _word(point.shift),
+        "low": _word(point.lift + spec.q_min),
+        "high": _word(point.lift + spec.q_max),
+    }
 
 
 def add_arguments(
@@ -213,6 +233,11 @@ def _limits(shift: int, spec: QuantSpec) -> Arguments:
 def _whole(numbers: ArrayLike) -> NDArray[Any]:
     """Python's integers, which never overflow."""
     return np.asarray(numbers).astype(object)
+
+
+def _word(numbers: ArrayLike) -> NDArray[np.uint32]:
+    """Numbers modulo 2^32."""
+    return np.asarray(_whole(numbers) % (1 << 32), dtype=np.uint32)
 
 
 def _unsigned(numbers: ArrayLike) -> NDArray[np.uint64]:

@@ -49,6 +49,21 @@ def IntRequantizeFine(
 
 
 @script(QNPU, default_opset=op)
+def IntRequantizeShort(x, multiplier, offset, shift, low, high, to: int):
+    """As IntRequantize, modulo 2^32."""
+    sums = op.Cast(x, to=_UINT32) * multiplier + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntAddShort(a, b, multiplier_a, multiplier_b, offset, shift, low, high, to: int):
+    """As IntAdd, modulo 2^32."""
+    first = op.Cast(a, to=_UINT32) * multiplier_a
+    sums = op.Cast(b, to=_UINT32) * multiplier_b + offset + first
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntAdd(a, b, multiplier_a, multiplier_b, offset, shift, low, high, to: int):
     """y = clip((a·multiplier_a + b·multiplier_b + offset) >> shift, low, high)."""
     first = op.Cast(a, to=_UINT64) * multiplier_a
@@ -227,6 +242,8 @@ def IntLayerNorm(
 _BODIES = (
     IntRequantize,
     IntRequantizeFine,
+    IntRequantizeShort,
+    IntAddShort,
     IntAdd,
     IntAddFine,
     IntMul,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnpu.compiler.integer_math import FixedPoint, NormNumbers, SoftmaxNumbers
+from qnpu.compiler.integer_short import ShortPoint
 from qnpu.compiler.quant_types import QuantSpec
 
 Codes = NDArray[Any]
@@ -37,6 +38,14 @@ def add(
     ]
     low = [None] * len(numbers) if ratio.low is None else list(ratio.low)
     return _rounded(numbers, list(ratio.high), low, ratio, zero_point, spec)
+
+
+def requantize_short(
+    operands: Sequence[Codes], point: ShortPoint, zero_point: int, spec: QuantSpec
+) -> Codes:
+    """y = clamp(⌊Σ a_i·M_i + f + 1/2⌋ + z), M and f as ``ShortPoint`` says."""
+    sums = _weighted([item.astype(np.int64) for item in operands], point.multipliers)
+    return _codes((sums + point.start) >> point.shift, zero_point, spec)
 
 
 def multiply(

@@ -17,6 +17,7 @@ from qnpu.compiler.integer_arguments import (
     norm_arguments,
     requantize_arguments,
     rotate_arguments,
+    short_arguments,
     softmax_arguments,
 )
 from qnpu.compiler.integer_math import (
@@ -24,8 +25,10 @@ from qnpu.compiler.integer_math import (
     exact_ratios,
     fixed_point,
     norm_numbers,
+    round_half_up,
     softmax_numbers,
 )
+from qnpu.compiler.integer_short import Term, short_point
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.runtime_check import reference
 from tests.conftest import normal
@@ -68,6 +71,49 @@ def test_add(spec: QuantSpec, close: Fraction) -> None:
     found = call(function, operands, arguments, spec.dtype)[0]
     expected = reference.add(operands, (30000, 100), fixed, zero, spec)
     np.testing.assert_array_equal(found, expected)
+
+
+@each_spec
+@pytest.mark.parametrize("channels", [1, 40])
+def test_requantize_short(spec: QuantSpec, channels: int) -> None:
+    bound = 1 << 19
+    numbers = np.random.default_rng(1).integers(-bound, bound, (64, 40)).astype(np.int32)
+    numbers[0, :2] = -bound, bound
+    step = 24 - spec.bits
+    ratios = [Fraction(9 + c % 23, 1 << (step + c % 2)) for c in range(channels)]
+    addends = [Fraction(c * 7919 % 100 - 50, 3) for c in range(channels)]
+    zero = (spec.q_min + spec.q_max) // 3
+    point = short_point([Term(ratios, [-bound], [bound])], addends, zero, spec)
+    assert point is not None
+    found = call("IntRequantizeShort", [numbers], short_arguments(point, zero, spec), spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.requantize_short([numbers], point, zero, spec))
+    assert len(np.unique(found)) > 100
+    for channel in range(channels):
+        exact = [
+            round_half_up(int(a) * ratios[channel] + addends[channel]) + zero
+            for a in numbers[:, channel]
+        ]
+        np.testing.assert_array_equal(found[:, channel], np.clip(exact, spec.q_min, spec.q_max))
+
+
+@each_spec
+def test_add_short(spec: QuantSpec) -> None:
+    operands = [codes(U16, 30, 50), codes(U16, 30, 50, seed=1)]
+    zeros, zero = (30000, 100), (spec.q_min + spec.q_max) // 2
+    small = 1 << (16 - min(16, spec.bits))
+    ratios = [Fraction(1, small), Fraction(13, 16 * small)]
+    addend = sum((-z * ratio for z, ratio in zip(zeros, ratios, strict=True)), Fraction(0))
+    terms = [Term([ratio], [0], [65535]) for ratio in ratios]
+    point = short_point(terms, [addend], zero, spec)
+    assert point is not None
+    arguments = short_arguments(point, zero, spec)
+    found = call("IntAddShort", operands, arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.requantize_short(operands, point, zero, spec))
+    sums = [(o.astype(object) - z) * r for o, z, r in zip(operands, zeros, ratios, strict=True)]
+    exact = [round_half_up(n) + zero for n in (sums[0] + sums[1]).reshape(-1)]
+    np.testing.assert_array_equal(
+        found.reshape(-1), np.clip(np.array(exact, np.int64), spec.q_min, spec.q_max)
+    )
 
 
 @each_spec
