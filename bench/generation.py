@@ -1,12 +1,21 @@
-"""Greedy text of the integer graphs beside that of the Q/DQ graphs: where do they part?
+"""Greedy text of the integer graphs beside that of the Q/DQ graphs: where do they part, and why?
 
 qnpu-export smollm2-135m --cache --out cached/model.onnx
 qnpu-compile cached/model.onnx --scheme w8a16 --context 256 --seq-len 64 --out chat
 python -m bench.generation chat
+
+The Q/DQ graphs are run in float32 by ONNX Runtime, node by node, and in float64, where the order of
+sums changes nothing. Where the integer graphs' text parts from the latter, both have read the same
+tokens, and the logits of the two next ones are compared: "gap" is by how much the one's is greater
+than the other's, in LSB, first in float64, then on integers. "by" names the kinds of operators that
+lead to the integer graphs' token when the Q/DQ graphs have the integer form of that kind alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +28,15 @@ from qnpu.compiler.cached_decoder import DECODE_QDQ_NAME, PREFILL_QDQ_NAME
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.models.load import load_onnx, load_tokenizer
 from qnpu.passes.lower_io import LowerIo
+from qnpu.runtime_check.exact_run import ExactGraph, RealWeights
 from qnpu.runtime_check.generate import (
     DECODE_NAME,
     PREFILL_NAME,
     CachedRunner,
-    Generation,
     generate,
 )
-from qnpu.runtime_check.session import Mode
+from qnpu.runtime_check.paired_nodes import EXACT_KINDS
+from qnpu.runtime_check.session import Array, Mode
 
 PROMPTS = (
     "The capital of France is",
@@ -35,36 +45,91 @@ PROMPTS = (
     "The three primary colours are",
     "To bake bread you need",
 )
+_HEADINGS = ("prompt", "= float32", "= float64", "gap, LSB", "by", "tokens/s", "text")
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="What qnpu-compile --context wrote.")],
     tokens: Annotated[int, typer.Option(help="To generate for each prompt.")] = 64,
     mode: Annotated[
-        str, typer.Option(help="Of the Q/DQ graphs: reference or stock.")
+        str, typer.Option(help="Of the Q/DQ graphs in float32: reference or stock.")
     ] = "reference",
 ) -> None:
-    """Generate from five prompts with both, and print how many tokens are the same."""
+    """Generate from five prompts, and print how many tokens are the same, and what parts them."""
     words = load_tokenizer(str(folder / DECODE_NAME))
     if words is None:
         raise typer.BadParameter(f"no tokenizer in {folder}")
-    integer = CachedRunner(
-        load_onnx(folder / PREFILL_NAME),
-        load_onnx(folder / DECODE_NAME),
-        (folder / PREFILL_NAME, folder / DECODE_NAME),
-    )
-    quantized = CachedRunner(
-        *(_codes(folder / name) for name in (PREFILL_QDQ_NAME, DECODE_QDQ_NAME)), mode=Mode(mode)
-    )
+    graphs = Graphs.read(folder)
+    integer = CachedRunner(*graphs.integer, (folder / PREFILL_NAME, folder / DECODE_NAME))
+    rounded = CachedRunner(*graphs.quantized, mode=Mode(mode))
     table = Table(title=f"greedy, {tokens} tokens", title_justify="left")
-    for heading in ("prompt", "same tokens", "integer tokens/s", "Q/DQ tokens/s", "text"):
+    for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
     for prompt in PROMPTS:
         ids = words.encode(prompt)
-        one, other = (generate(runner, ids, tokens) for runner in (integer, quantized))
-        rates = (f"{item.decode_rate:.1f}" for item in (one, other))
-        table.add_row(prompt, str(_same(one, other)), *rates, words.decode(one.ids))
+        runs = [generate(runner, ids, tokens) for runner in (integer, rounded, graphs.exact(()))]
+        found, of_float32, of_float64 = (run.ids for run in runs)
+        same = _same(found, of_float64)
+        parting = [*ids, *found[:same]], found[same:], of_float64[same:]
+        table.add_row(
+            prompt,
+            str(_same(found, of_float32)),
+            str(same),
+            *(graphs.explained(integer, *parting) if same < len(found) else ("", "")),
+            " / ".join(f"{run.decode_rate:.1f}" for run in runs),
+            words.decode(found),
+        )
     Console().print(table)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """A prefill and a decode graph, twice.
+
+    Attributes:
+        integer: on integers alone.
+        quantized: Q/DQ, inputs and outputs being codes.
+        exact: kinds of operators that are on integers → the Q/DQ graphs in float64.
+    """
+
+    integer: tuple[ir.Model, ir.Model]
+    quantized: tuple[ir.Model, ir.Model]
+    exact: Callable[[tuple[str, ...]], CachedRunner]
+    kinds: Collection[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Graphs:
+        """What qnpu-compile wrote."""
+        integer = load_onnx(folder / PREFILL_NAME), load_onnx(folder / DECODE_NAME)
+        quantized = _codes(folder / PREFILL_QDQ_NAME), _codes(folder / DECODE_QDQ_NAME)
+        weights = RealWeights()
+
+        def graph(index: int, kinds: tuple[str, ...]) -> ExactGraph:
+            return ExactGraph(quantized[index], integer[index], kinds, weights)
+
+        @cache
+        def exact(kinds: tuple[str, ...]) -> CachedRunner:
+            return CachedRunner(*quantized, runs=(graph(0, kinds), graph(1, kinds)))
+
+        return cls(integer, quantized, exact, graph(0, ()).kinds)
+
+    def explained(
+        self, integer: CachedRunner, read: list[int], ours: list[int], theirs: list[int]
+    ) -> Iterator[str]:
+        """The gap between the two next tokens, in both, and the kinds that lead to ours."""
+        one, other = ours[0], theirs[0]
+        exact, whole = _last(self.exact(()), read), _last(integer, read)
+        yield f"{int(exact[other]) - int(exact[one])}, {int(whole[one]) - int(whole[other])}"
+        inexact = sorted(set(self.kinds) - EXACT_KINDS)
+        leads = [kind for kind in inexact if _last(self.exact((kind,)), read).argmax() == one]
+        yield ", ".join(leads) or "no kind alone"
+
+
+def _last(runner: CachedRunner, ids: list[int]) -> Array:
+    """Codes of the logits behind a text."""
+    runner.reset()
+    row: Array = runner.read(ids)[-1]
+    return row
 
 
 def _codes(path: Path) -> ir.Model:
@@ -73,12 +138,12 @@ def _codes(path: Path) -> ir.Model:
     return model
 
 
-def _same(one: Generation, other: Generation) -> int:
+def _same(one: list[int], other: list[int]) -> int:
     """How many tokens at the start are equal."""
-    for index, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)):
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return index
-    return min(len(one.ids), len(other.ids))
+    return min(len(one), len(other))
 
 
 if __name__ == "__main__":

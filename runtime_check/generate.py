@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 PREFILL_NAME, DECODE_NAME = "prefill.int.onnx", "decode.int.onnx"
 _LOGITS = "logits"
 
+GraphRun = Callable[[Sequence[str], Feeds], list[Array]]
+"""Names of outputs and what the inputs are fed with → those outputs."""
+
 
 class CachedRunner:
     """Reads tokens through a prefill and a decode graph, and keeps what they leave in the cache.
@@ -35,6 +39,7 @@ class CachedRunner:
         decode: graph of one token, of the same source.
         paths: where the two lie, if they are files; else they are run from memory.
         mode: how ONNX Runtime may change them; integers come out the same in any.
+        runs: what runs the two in the place of ONNX Runtime.
 
     Raises:
         DiagnosticError: QN116 ONNX Runtime refuses a graph, QN118 it takes no cache of codes.
@@ -51,6 +56,7 @@ class CachedRunner:
         decode: ir.Model,
         paths: tuple[Path, Path] | None = None,
         mode: Mode = Mode.STOCK,
+        runs: tuple[GraphRun, GraphRun] | None = None,
     ) -> None:
         self.context = _columns(prefill, "attention_mask")
         self.chunk = _columns(prefill, "input_ids")
@@ -64,7 +70,7 @@ class CachedRunner:
                 zero = encodings[name].zero_point_codes
                 self._empty[name] = np.full(static_shape(value) or (), zero)
         sources = paths if paths is not None else (prefill, decode)
-        self._sessions = tuple(open_session(source, mode) for source in sources)
+        self._runs = runs or tuple(partial(run, open_session(s, mode)) for s in sources)
         self.reset()
 
     def reset(self) -> None:
@@ -113,9 +119,9 @@ class CachedRunner:
             "position_ids": positions,
         }
         feeds |= {name: cache[:, :, -entries:] for name, cache in self._caches.items()}
-        session = self._sessions[0] if size == self.chunk else self._sessions[1]
+        compute = self._runs[0] if size == self.chunk else self._runs[1]
         names = [_LOGITS, *(present_name(name) for name in self._caches)]
-        logits, *new = run(session, names, feeds)
+        logits, *new = compute(names, feeds)
         for (name, cache), added in zip(list(self._caches.items()), new, strict=True):
             joined = np.concatenate([cache, added], ENTRIES_AXIS)
             self._caches[name] = joined[:, :, added.shape[ENTRIES_AXIS] :]

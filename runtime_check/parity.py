@@ -312,7 +312,7 @@ def _tensor_parity(unit: Unit, tally: _Tally, max_lsb_rounded: int) -> TensorPar
 
 def _inputs(unit: Unit, codes: _Codes) -> dict[str, Tensor]:
     """What the Q/DQ graph's nodes take."""
-    return {name: _tensor(codes[name]) for name in unit.reference_takes} | _exponents(unit)
+    return {name: code_tensor(codes[name]) for name in unit.reference_takes} | exponents(unit)
 
 
 def _run(
@@ -339,11 +339,12 @@ def _unrounded(
     return known
 
 
-def _tensor(array: Array) -> Tensor:
+def code_tensor(array: Array) -> Tensor:
+    """Codes as torch can take them: its 16-bit ones have a sign."""
     return shared(array.astype(np.int32) if array.dtype == np.uint16 else array)
 
 
-def _exponents(unit: Unit) -> dict[str, Tensor]:
+def exponents(unit: Unit) -> dict[str, Tensor]:
     """Exponents as DequantizeLinear makes them, in float32: 3, where float64 says 2.99999998.
 
     Of a negative number the power would not exist.
