@@ -11,8 +11,14 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from qnpu.compiler.caches import CACHED_INPUTS, ENTRIES_AXIS, is_past, present_name
-from qnpu.compiler.config import CompileConfig
+from qnpu.compiler.caches import (
+    CACHED_INPUTS,
+    ENTRIES_AXIS,
+    is_past,
+    present_name,
+    take_hub_names,
+)
+from qnpu.compiler.config import AI_HUB, CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_io import io_encodings
@@ -60,6 +66,7 @@ class CachedDecoder:
     vocabulary] and the n new entries of each cache. n is S in the prefill graph and 1 in the decode
     graph. Past entries lie at the end: what is not there yet is masked in front of them, and the
     caller drops the oldest for the new ones. Positions are those of the text, from 0 to C - 1.
+    Caches are named as in the source, or as Qualcomm AI Hub does.
 
     Attributes:
         prefill: the Q/DQ graph of S tokens, the same on integers, and what they were made of.
@@ -101,6 +108,8 @@ def compile_cached(
     if not config.context:
         raise DiagnosticError(InvalidConfig("context", "a cache needs one").at())
     _check_interface(model.graph)
+    if config.names == AI_HUB:
+        take_hub_names(model.graph)
     config = replace(config, integer_io=False, integer=False)
     second = Compilation(model.clone(), load_target(config.target))
     result = _compile_prefill(model, config, calibration, progress, record)
@@ -271,9 +280,10 @@ def _check_ties(prefill: ir.Model, decode: ir.Model) -> None:
         if any(item is None or found[0] is None or not item.same_as(found[0]) for item in found):
             reason = "a cache has not one encoding, in and out, in both graphs"
             faults.append(GraphsDiffer(name, reason).at(value=name))
+    new = {present_name(name) for name in cache_names(decode.graph)}
     for value in decode.graph.outputs:
         shape = static_shape(value) or ()
-        if name_of(value).startswith("present") and shape[ENTRIES_AXIS] != 1:
+        if name_of(value) in new and shape[ENTRIES_AXIS] != 1:
             faults.append(_missing(name_of(value), "is no Concat of past and new entries"))
     if faults:
         raise DiagnosticError(faults)

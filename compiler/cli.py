@@ -130,6 +130,13 @@ def _compile(
             "and a decode graph, for qnpu-run. Default: no cache."
         ),
     ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="With --context, names of caches: those of the source, or ai-hub "
+            f"(past_key_0_in, past_key_0_out). Default: {_DEFAULTS.names}."
+        ),
+    ] = None,
     range_method: Annotated[
         str | None,
         typer.Option(
@@ -298,6 +305,7 @@ def _compile(
         "calib_windows": calib_windows,
         "seq_len": seq_len,
         "context": context,
+        "names": names,
         "range_method": range_method,
         "weights": weights,
         "learn": learn,

@@ -17,6 +17,8 @@ from qnpu.compiler.rules import InvalidConfig, MissingFile
 from qnpu.compiler.target import DEFAULT_TARGET, load_target
 from qnpu.runtime_check.observer import RangeMethod
 
+AI_HUB = "ai-hub"
+
 
 @dataclass(frozen=True, slots=True)
 class CompileConfig:
@@ -35,6 +37,8 @@ class CompileConfig:
         seq_len: tokens per run of the graph; of the prefill graph where there is a context.
         context: tokens that a cache and a run hold together; 0: no cache. Else a prefill and a
             decode graph are made (``qnpu.compiler.cached_decoder``).
+        names: of caches where there is a context: those of the ``source``, or ``ai-hub``
+            (past_key_0_in, past_key_0_out).
         range_method: how activation ranges are taken from data.
         weights: how weights are rounded: ``gptq`` (those of 4 bits so that outputs stay right),
             ``seqmse`` (to nearest codes, with the scales that outputs suffer least from; those of
@@ -81,6 +85,7 @@ class CompileConfig:
     calib_windows: int = 8
     seq_len: int = 512
     context: int = 0
+    names: str = "source"
     range_method: str = RangeMethod.MSE.value
     weights: str = "gptq"
     learn: str = "none"
@@ -140,8 +145,11 @@ class CompileConfig:
         _check_least("learn_batch", self.learn_batch, 1)
         _check_least("eval_windows", self.eval_windows, 0)
         _check_least("seq_len", self.seq_len, 2)
+        _check_choice("names", self.names, ["source", AI_HUB])
         if self.context:
             self._check_context()
+        elif self.names != "source":
+            _fail("names", "has no effect without a context: no caches are named")
         if not -1e4 < self.mask_constant < 0:
             _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():

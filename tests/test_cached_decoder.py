@@ -53,8 +53,10 @@ FLIPPED_SHARE, FLIPPED_LSB = 0.1, 1500
 
 
 @cache
-def compiled(architecture: str, scheme: str = "w8a8", exporter: str = "optimum") -> CachedDecoder:
-    config = CompileConfig(scheme=scheme, seq_len=CHUNK, context=CONTEXT)
+def compiled(
+    architecture: str, scheme: str = "w8a8", exporter: str = "optimum", names: str = "source"
+) -> CachedDecoder:
+    config = CompileConfig(scheme=scheme, seq_len=CHUNK, context=CONTEXT, names=names)
     return compile_cached(exported(architecture, exporter), config, WINDOWS)
 
 
@@ -133,6 +135,26 @@ def test_interfaces(architecture: str) -> None:
         assert sizes["past_key_values.1.key"] == (1, heads, CONTEXT - tokens, 16)
         assert sizes["present.1.value"] == (1, heads, tokens, 16)
         assert sizes["logits"] == (1, tokens, 257)
+
+
+@pytest.mark.parametrize("exporter", ["optimum", "cached"])
+def test_names_of_the_hub(exporter: str) -> None:
+    """Names alone change: the codes that come out are the same."""
+    decoder = compiled("llama", exporter=exporter, names="ai-hub")
+    pairs = (
+        (decoder.prefill.model, decoder.integer_prefill),
+        (decoder.decode, decoder.integer_decode),
+    )
+    for model in (item for pair in pairs for item in pair):
+        names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+        caches = {
+            f"past_{k}_{i}_{e}" for k in ("key", "value") for i in "01" for e in ("in", "out")
+        }
+        assert names == caches | {"input_ids", "attention_mask", "position_ids", "logits"}
+    assert decoder.prefill.encodings["past_key_0_in"].spec.bits == 8
+    plain = compiled("llama", exporter=exporter)
+    runners = [CachedRunner(d.integer_prefill, d.integer_decode) for d in (decoder, plain)]
+    np.testing.assert_array_equal(*(cut(runner, CHUNK) for runner in runners))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

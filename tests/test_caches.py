@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qnpu.compiler.caches import is_past, past_length, present_name
+from qnpu.compiler.caches import is_past, past_length, present_name, take_hub_names
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
 from qnpu.compiler.pipeline import default_passes
@@ -80,6 +80,7 @@ def test_past_and_present_share_an_encoding(architecture: str) -> None:
 def test_names() -> None:
     assert present_name("past_key_values.0.key") == "present.0.key"
     assert present_name("past_value_3") == "present_value_3"
+    assert present_name("past_value_3_in") == "past_value_3_out"
     graph = parse("""
         g (float[1, 2, 5, 4] past_key_0, float[1, 5] past_key_length) => (float[1, 5] y)
         { y = Neg(past_key_length) }
@@ -87,3 +88,19 @@ def test_names() -> None:
     assert [is_past(value) for value in graph.inputs] == [True, False]
     assert past_length(graph.inputs) == 5
     assert past_length(list[ir.Value]()) == 0
+
+
+def test_names_of_the_hub() -> None:
+    """Rank tells a cache; a value that has its new name makes room."""
+    graph = parse("""
+        g (float[1, 2, 5, 4] a, float[1, 5] b) => (float[1, 2, 6, 4] c, float[1, 5] d)
+        <float[1, 2, 1, 4] new = {1, 2, 3, 4, 5, 6, 7, 8}>
+        { past_key_7_in = Identity(new)  c = Concat<axis: int = 2>(a, past_key_7_in)  d = Neg(b) }
+    """).graph
+    exported_names = "past_key_values.7.key past_key_values.7.value present.7.key present.7.value"
+    for value, name in zip((*graph.inputs, *graph.outputs), exported_names.split(), strict=True):
+        value.name = name
+    take_hub_names(graph)
+    assert [v.name for v in graph.inputs] == ["past_key_7_in", "past_key_values.7.value"]
+    assert [v.name for v in graph.outputs] == ["past_key_7_out", "present.7.value"]
+    assert graph.node(0).outputs[0].name == "past_key_7_in_inner"

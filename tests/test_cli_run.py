@@ -61,6 +61,24 @@ def test_generation_is_greedy_and_the_same_each_time(home: Path) -> None:
     assert call("qnpu-run", "chat", PROMPT, *options[:-1], "-q", folder=home).stderr == ""
 
 
+def test_names_of_the_hub_change_no_text(home: Path) -> None:
+    command = ("qnpu-compile", "tiny", *OPTIONS, "--scheme", "w8a8", "--context", "64")
+    done = call(*command, "--names", "ai-hub", "--out", "hub", "--json", folder=home)
+    assert done.exit_code == 0, done.stderr
+    said = [json.loads(text) for text in ((home / "stdout.json").read_text(), done.stdout)]
+    assert said[0]["perplexity"] == said[1]["perplexity"]
+    inputs = {value.name for value in load_onnx(home / "hub" / DECODE_NAME).graph.inputs}
+    assert {"past_key_0_in", "past_value_1_in"} <= inputs
+    assert "past_key_0_in" in (home / "hub" / "encodings.json").read_text()
+    options = ("--tokens", "12", "--ignore-eos", "--json")
+    texts = [call("qnpu-run", name, PROMPT, *options, folder=home) for name in ("chat", "hub")]
+    assert texts[1].exit_code == 0, texts[1].stderr
+    ids = [json.loads(done.stdout)["ids"] for done in texts]
+    assert ids[0] == ids[1]
+    done = call("qnpu-eval", f"hub/{PREFILL_NAME}", "--window", "16", "--windows", "2", folder=home)
+    assert done.exit_code == 0, done.stderr
+
+
 def test_the_prefill_graph_can_be_evaluated(home: Path) -> None:
     """Codes in and out become numbers again, and the mask stays an input."""
     values = []
@@ -95,6 +113,8 @@ def test_faults(home: Path) -> None:
         (("--context", "16"), "QN503"),
         (("--context", "64", "--prefix", "auto"), "QN503"),
         (("--context", "64", "--emit", "float"), "QN503"),
+        (("--names", "ai-hub"), "QN503"),
+        (("--context", "64", "--names", "hub"), "QN503"),
     ],
 )
 def test_options_that_do_not_go_together(
