@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnpu.compiler.integer_math import (
     LIFT_BITS,
+    AttentionNumbers,
     FixedPoint,
     NormNumbers,
     SoftmaxNumbers,
@@ -184,6 +185,64 @@ def softmax_arguments(
         "shift": _unsigned(numbers.shift),
         "high": _unsigned(lifted + spec.q_max),
     }
+
+
+def exponentials_arguments(numbers: AttentionNumbers, elements: int) -> Arguments:
+    """Of IntExponentials along the last axis, or IntExponentialsFine where they have three bytes.
+
+    Args:
+        numbers: of the attention.
+        elements: how many scores there are; 0 where that is not known.
+    """
+    table = numbers.exponentials
+    names = ("high", "low") if numbers.bytes == 2 else ("high", "middle", "low")
+    shifts = range(8 * (numbers.bytes - 1), -1, -8)
+    parts = {
+        name: (table >> shift & 255).astype(np.uint8)
+        for name, shift in zip(names, shifts, strict=True)
+    }
+    layout = lookup_arguments(parts["low"], elements)
+    return {
+        **parts,
+        "axes": np.array([-1], np.int64),
+        "half": np.array(numbers.step // 2, np.int32),
+        "step": np.array(numbers.step, np.int32),
+        "none": np.array(0, np.int32),
+        "last": np.array(len(table) - 1, np.int32),
+        "copies": layout["copies"],
+        "rows": layout["rows"],
+    }
+
+
+def normalize_arguments(
+    numbers: AttentionNumbers, value_zero: int, zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntNormalize and IntNormalizeFine.
+
+    Args:
+        numbers: of the attention.
+        value_zero: zero point of the values as they were multiplied.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    limits = _limits(numbers.shift, spec)
+    start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
+    return {
+        "radix": np.array(256, np.int64),
+        "numerator": np.array(numbers.numerator, np.int64),
+        "offset": np.array(start - value_zero * numbers.numerator, np.int64),
+        "shift": limits["shift"],
+        "least": limits["low"],
+        "most": limits["high"],
+        "first": np.array([0], np.int64),
+        "last": np.array([-1], np.int64),
+        "far": np.array([np.iinfo(np.int64).max], np.int64),
+    }
+
+
+def signed_arguments() -> Arguments:
+    """Of IntSigned."""
+    return {"half": np.array(128, np.uint8)}
 
 
 def norm_arguments(

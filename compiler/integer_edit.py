@@ -111,6 +111,19 @@ class IntegerEditor(GraphEditor):
         sums.type = ir.TensorType(ir.DataType.INT32)
         return sums
 
+    def scale(self, array: NDArray[np.float32]) -> ir.Value:
+        """Constant scales of an operator that requantizes by its definition."""
+        return self._argument("scale", array)
+
+    def codes(
+        self, op_type: str, inputs: Sequence[ir.Value | None], like: ir.Value, *, before: ir.Node
+    ) -> ir.Value:
+        """The codes that a standard operator gives, of the type and shape of ``like``."""
+        shape = like.shape.dims if like.shape is not None else None
+        result = self.node(op_type, inputs, name_of(like), shape, before=before)
+        result.type = ir.TensorType(stored_type(like.dtype or ir.DataType.UNDEFINED))
+        return result
+
     def part(
         self, value: ir.Value, axis: int, start: int, end: int, *, before: ir.Node
     ) -> ir.Value:
@@ -148,6 +161,10 @@ class IntegerEditor(GraphEditor):
         """A constant zero point in the type of codes."""
         dtype = np.int8 if codes.dtype is ir.DataType.INT8 else np.uint8
         return self._argument("zero_point", np.array(number, dtype))
+
+    def number(self, array: NDArray[Any]) -> ir.Value:
+        """A constant; of equal ones there is one."""
+        return self._argument("number", array)
 
     def weight(
         self, value: ir.Value, codes: NDArray[np.int8], *, transposed: bool, before: ir.Node

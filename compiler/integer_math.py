@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isqrt
+from math import ceil, isqrt, log
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -172,6 +172,51 @@ def softmax_numbers(scale: float, bits: int, result: Encoding) -> SoftmaxNumbers
     shift = min(most_shift(result.spec) - 1, LIFT_BITS - 1 - size)
     whole = step * (1 << shift)
     return SoftmaxNumbers(exponentials, whole.numerator // whole.denominator, shift)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionNumbers:
+    """What an attention counts with that never forms its probabilities.
+
+    y = ((Σ e_j·v_j)·⌊numerator / Σ e_j⌋ >> shift) + z, with e_j = exponentials[d], d being
+    max x - x_j in steps, rounded.
+
+    Attributes:
+        exponentials: round((2^(8·bytes) - 1) · exp(-s_x·step·d)), int64; the last is 0.
+        bytes: of an exponential: two are enough for results of 8 bits, and 2^16 steps; three and
+            2^17 steps for 16 bits.
+        step: LSB of the scores.
+        numerator: ⌊2^shift · s_v/s_y⌋, divided by each row's sum.
+        shift: bits behind the point.
+    """
+
+    exponentials: NDArray[np.int64]
+    bytes: int
+    step: int
+    numerator: int
+    shift: int
+
+
+def attention_numbers(scale: Fraction, value_scale: Fraction, result: Encoding) -> AttentionNumbers:
+    """Numbers of an attention.
+
+    Args:
+        scale: s_x, real units per LSB of a score; above 0.
+        value_scale: s_v, real units per LSB of a value.
+        result: encoding of what comes out.
+    """
+    count = 2 if result.spec.bits <= 8 else 3
+    most = (1 << (8 * count)) - 1
+    reach = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
+    step = ceil(reach / ((1 << (count + 14)) - 2))
+    distances = np.arange(ceil(reach / step) + 1) * float(step)
+    exponentials = np.rint(np.exp(-float(scale) * distances) * most).astype(np.int64)
+    exponentials[-1] = 0
+    ratio = value_scale / Fraction(float(result.scale))
+    size = (ratio.numerator // ratio.denominator).bit_length()
+    shift = min(most_shift(result.spec), LIFT_BITS - 10 - size)  # |Σ e·v / Σ e| <= 255
+    whole = ratio * (1 << shift)
+    return AttentionNumbers(exponentials, count, step, whole.numerator // whole.denominator, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from qnpu.compiler.rules import IntegerDiffers
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.fold_conversions import FoldConversions
 from qnpu.passes.fold_requantize import FoldRequantize
+from qnpu.passes.lower_attention import LowerAttention
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.lower_nonlinear import LowerNonlinear
 from qnpu.passes.lower_rotary import LowerRotary
@@ -35,6 +36,7 @@ PASSES: tuple[Pass, ...] = (
     LowerIo(),
     FoldConversions(),
     LowerRotary(),
+    LowerAttention(),
     LowerNonlinear(),
     FoldRequantize(),
 )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.operands import QUANTIZE, Operand, input_operand
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand
 from qnpu.compiler.qdq_edit import encoding_of, spec_of
 from qnpu.compiler.quant_types import Encoding, FloatArray
 
@@ -126,6 +126,24 @@ def coded_results(value: ir.Value) -> list[CodedResult] | None:
             return None
         found.append(CodedResult(user, encoding, user.outputs[0]))
     return None if value.is_graph_output() else found
+
+
+def only_user(value: ir.Value, op_type: str = "") -> ir.Node | None:
+    """The node that alone reads a value, where it is of a type, if one is asked for."""
+    users = list(value.uses())
+    if len(users) != 1 or value.is_graph_output() or op_type not in ("", users[0].node.op_type):
+        return None
+    return users[0].node
+
+
+def only_source(value: ir.Value | None) -> ir.Node | None:
+    """The node behind a Q/DQ pair, where its result goes nowhere else."""
+    for kind in (DEQUANTIZE, QUANTIZE):
+        maker = value.producer() if value is not None and len(value.uses()) == 1 else None
+        if maker is None or maker.op_type != kind:
+            return None
+        value = maker.inputs[0]
+    return value.producer() if value is not None and len(value.uses()) == 1 else None
 
 
 def conversions(graph: ir.Graph) -> Iterator[tuple[CodedInput, CodedResult]]:

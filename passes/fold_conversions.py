@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 from qnpu.compiler.op_traits import is_standard, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quantized_results import only_user
 
 _EXACT = frozenset({"Add", "Sub", "MatMul", "Gemm", "Conv", "Neg"})
 """What integers compute exactly as the Q/DQ graph says keeps both roundings, and stays equal."""
@@ -52,9 +53,9 @@ class FoldConversions(Pass):
 
 def _fold(value: ir.Value) -> bool:
     """Lets the narrow QuantizeLinear read the value itself."""
-    wide = _only_user(value, QUANTIZE)
-    dequantize = _only_user(wide.outputs[0], DEQUANTIZE) if wide is not None else None
-    narrow = _only_user(dequantize.outputs[0], QUANTIZE) if dequantize is not None else None
+    wide = only_user(value, QUANTIZE)
+    dequantize = only_user(wide.outputs[0], DEQUANTIZE) if wide is not None else None
+    narrow = only_user(dequantize.outputs[0], QUANTIZE) if dequantize is not None else None
     if wide is None or dequantize is None or narrow is None:
         return False
     before, after = wide.outputs[0].dtype, narrow.outputs[0].dtype
@@ -64,10 +65,3 @@ def _fold(value: ir.Value) -> bool:
         return False
     narrow.replace_input_with(0, value)
     return True
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    users = list(value.uses())
-    if len(users) != 1 or value.is_graph_output() or users[0].node.op_type != op_type:
-        return None
-    return users[0].node

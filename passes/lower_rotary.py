@@ -16,9 +16,14 @@ from qnpu.compiler.integer_arguments import rotate_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import fixed_point
 from qnpu.compiler.op_traits import is_standard
-from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_input, coded_results
+from qnpu.compiler.quantized_results import (
+    CodedInput,
+    CodedResult,
+    coded_input,
+    coded_results,
+    only_source,
+)
 
 _CLOSE = Fraction(1, 256)  # LSB
 _WORD_BITS = 30  # of a sum of 8-bit codes times a table, int32
@@ -86,7 +91,7 @@ class _Product:
 
 def _product(value: ir.Value | None) -> _Product | None:
     """What a sum takes, where that is such a product, used nowhere else."""
-    node = _only_source(value)
+    node = only_source(value)
     if node is None or node.op_type != "Mul":
         return None
     one, other = (coded_input(item) for item in node.inputs)
@@ -98,16 +103,6 @@ def _product(value: ir.Value | None) -> _Product | None:
     if one.constant or codes is None or shape is None or static_shape(one.codes) != shape:
         return None
     return _Product(one, (codes.astype(np.float64) - other.zero_point) * other.scale, shape)
-
-
-def _only_source(value: ir.Value | None) -> ir.Node | None:
-    """The node behind a Q/DQ pair, where its result goes nowhere else."""
-    for kind in (DEQUANTIZE, QUANTIZE):
-        maker = value.producer() if value is not None and len(value.uses()) == 1 else None
-        if maker is None or maker.op_type != kind:
-            return None
-        value = maker.inputs[0]
-    return value.producer() if value is not None and len(value.uses()) == 1 else None
 
 
 def _rotated(

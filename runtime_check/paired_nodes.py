@@ -31,7 +31,13 @@ _KINDS = {
 }
 EXACT_KINDS = frozenset({"add", "conversion", "layout", "linear"})
 """Kinds of which the integer function gives the Q/DQ graph's codes, every rounding included."""
-_KINDS_OF_FUNCTIONS = {"IntRotate": "rotary"}
+_KINDS_OF_FUNCTIONS = {
+    "IntNormalize": "attention",
+    "IntNormalizeFine": "attention",
+    "IntRotate": "rotary",
+}
+
+_ROUNDED_ONCE = frozenset({"attention", "rotary"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,13 +80,12 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """linear, add, layout, conversion, multiply, softmax, norm, lookup or rotary.
+        """linear, add, layout, conversion, multiply, softmax, norm, lookup, rotary or attention.
 
         It is the operator's, but for functions that take the place of several operators.
         """
-        functions = {item.op_type for item in self.nodes}
-        if len(functions) == 1 and functions <= set(_KINDS_OF_FUNCTIONS):
-            return _KINDS_OF_FUNCTIONS[functions.pop()]
+        for function in {item.op_type for item in self.nodes} & set(_KINDS_OF_FUNCTIONS):
+            return _KINDS_OF_FUNCTIONS[function]
         node = self.operator
         if node is None:
             return "conversion"
@@ -90,13 +95,14 @@ class Unit:
     def skipped(self) -> tuple[ir.Node, ...]:
         """QuantizeLinear nodes within, whose rounding and clipping the integer function leaves out.
 
-        Of a rotation these are both products', of a result that is narrowed the wide ones. All
-        other functions do what the Q/DQ graph does, inner roundings included.
+        Of a rotation these are both products', of an attention scores and probabilities, of a
+        result that is narrowed the wide ones. All other functions do what the Q/DQ graph does,
+        inner roundings included.
         """
         if self.kind in EXACT_KINDS:
             return ()
         within = [node for node in self.reference_nodes if node.op_type == QUANTIZE]
-        left_out = within if self.kind == "rotary" else self._conversions
+        left_out = within if self.kind in _ROUNDED_ONCE else self._conversions
         return tuple(node for node in within if node in left_out)
 
     @property

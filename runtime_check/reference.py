@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qnpu.compiler.integer_math import FixedPoint, NormNumbers, SoftmaxNumbers
+from qnpu.compiler.integer_math import (
+    AttentionNumbers,
+    FixedPoint,
+    NormNumbers,
+    SoftmaxNumbers,
+)
 from qnpu.compiler.integer_short import ShortPoint
 from qnpu.compiler.quant_types import QuantSpec
 
@@ -113,6 +118,39 @@ def softmax(
     share = numbers.numerator // weights.sum(axis=axis, keepdims=True)
     nearest = (weights * share + (1 << (numbers.shift - 1))) >> numbers.shift
     return _codes(nearest, zero_point, spec)
+
+
+def exponentials(scores: Codes, mask: Codes, numbers: AttentionNumbers) -> Int64:
+    """e of max x - x in steps, rounded, along the last axis; x = scores + mask."""
+    masked = scores.astype(np.int64) + mask
+    distance = masked.max(axis=-1, keepdims=True) - masked + numbers.step // 2
+    found: Int64 = numbers.exponentials[
+        np.minimum(distance // numbers.step, len(numbers.exponentials) - 1)
+    ]
+    return found
+
+
+def attention(
+    weights: Int64,
+    values: Codes,
+    value_zero: int,
+    numbers: AttentionNumbers,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """y = clamp(⌊(Σ_j e_j·v_j·⌊numerator / Σe⌋ - z_v·numerator) / 2^shift + 1/2⌋ + z).
+
+    Args:
+        weights: e, shape (…, S, T).
+        values: codes, shape (…, T, D).
+        value_zero: z_v.
+        numbers: of the attention.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    share = numbers.numerator // weights.sum(axis=-1, keepdims=True)
+    sums = weights @ values.astype(np.int64) * share - value_zero * numbers.numerator
+    return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
 
 
 def square_root(numbers: Int64) -> Int64:

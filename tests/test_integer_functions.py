@@ -10,18 +10,22 @@ import pytest
 
 from qnpu.compiler.integer_arguments import (
     add_arguments,
+    exponentials_arguments,
     join_arguments,
     lookup_arguments,
     lookup_pair_arguments,
     multiply_arguments,
     norm_arguments,
+    normalize_arguments,
     requantize_arguments,
     rotate_arguments,
     short_arguments,
+    signed_arguments,
     softmax_arguments,
 )
 from qnpu.compiler.integer_math import (
     NormShape,
+    attention_numbers,
     exact_ratios,
     fixed_point,
     norm_numbers,
@@ -188,6 +192,52 @@ def test_lookup_pair(kinds: tuple[QuantSpec, QuantSpec]) -> None:
     places = 256 * one.astype(np.int64) + other
     np.testing.assert_array_equal(found, table[places % (1 << 16)])
     assert len(np.unique(places)) > 0.8 * len(table)
+
+
+def test_signed() -> None:
+    given = np.arange(256, dtype=np.uint8)
+    found = call("IntSigned", [given], signed_arguments(), S8.dtype)[0]
+    np.testing.assert_array_equal(found, np.arange(-128, 128))
+
+
+@each_spec
+@pytest.mark.parametrize("scale", [Fraction(1, 50), Fraction(1, 10**6)], ids=["coarse", "fine"])
+def test_attention(spec: QuantSpec, scale: Fraction) -> None:
+    """Exponentials and their share, of rows with a mask, and of one where all is masked."""
+    generator = np.random.default_rng(0)
+    reach = 20 * scale.denominator
+    scores = generator.integers(-reach, reach, (3, 20, 60)).astype(np.int32)
+    mask = np.where(np.arange(60) > 40, -50 * scale.denominator, 0).astype(np.int32)
+    mask = np.stack([mask, np.full(60, -50 * scale.denominator, np.int32)])[[0] * 19 + [1]]
+    values = codes(S8, 3, 60, 8)
+    zero, step = (spec.q_min + spec.q_max) // 3, 2.0 ** (1 - spec.bits)
+    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step))
+    fine = spec.bits > 8
+    assert (numbers.step > 1, numbers.bytes) == (
+        scale.numerator * 10**5 < scale.denominator,
+        2 + fine,
+    )
+    function = "IntExponentialsFine" if fine else "IntExponentials"
+    arguments = exponentials_arguments(numbers, scores.size)
+    parts = call(function, [scores, mask], arguments, U8.dtype)
+    weights = reference.exponentials(scores, mask, numbers)
+    shifts = range(8 * (numbers.bytes - 1), -1, -8)
+    total = sum(a.astype(np.int64) << b for a, b in zip(parts, shifts, strict=True))
+    np.testing.assert_array_equal(total, weights)
+    assert weights[..., :40].max() == weights.max() == (1 << (8 * numbers.bytes)) - 1
+    columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)
+    sums = [(part.astype(np.int64) @ columns).astype(np.int32) for part in parts]
+    found = call(
+        "IntNormalizeFine" if fine else "IntNormalize",
+        sums,
+        normalize_arguments(numbers, 5, zero, spec),
+        spec.dtype,
+    )[0]
+    twin = reference.attention(weights, values, 5, numbers, zero, spec)
+    np.testing.assert_array_equal(found, twin)
+    real = np.exp(float(scale) * (scores + mask - (scores + mask).max(axis=-1, keepdims=True)))
+    mixed = real @ (values - 5.0) / real.sum(axis=-1, keepdims=True) / 128 / step + zero
+    assert np.abs(found - np.clip(mixed, spec.q_min, spec.q_max)).max() < (2.5 if fine else 0.52)
 
 
 def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:
