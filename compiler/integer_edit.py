@@ -121,6 +121,9 @@ class IntegerEditor(GraphEditor):
         """The codes that a standard operator gives, of the type and shape of ``like``."""
         shape = like.shape.dims if like.shape is not None else None
         result = self.node(op_type, inputs, name_of(like), shape, before=before)
+        maker = result.producer()
+        if maker is not None:
+            maker.name = self.free_name(f"{name_of(like)}_{op_type}")
         result.type = ir.TensorType(stored_type(like.dtype or ir.DataType.UNDEFINED))
         return result
 

@@ -18,12 +18,14 @@ from qnpu.compiler.integer_arguments import (
     Arguments,
     join_arguments,
     requantize_arguments,
+    short_arguments,
     split_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import FixedPoint, exact_ratios, fixed_point
+from qnpu.compiler.integer_short import ShortPoint, exact_in_float, linear_terms, short_point
 from qnpu.compiler.operands import input_operand
-from qnpu.compiler.quant_types import widened
+from qnpu.compiler.quant_types import Encoding, widened
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
@@ -204,46 +206,126 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     if one is None or weight is None or (one.encoding.spec.bits > 8 and one.encoding.spec.signed):
         return None
     operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
+    linear = _Linear(one, weight, result.encoding)
+    if linear.exact_in_float(one.codes.dtype, result.codes.dtype):
+        return _quantized_product(editor, node, linear, operand, result)
     parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
     shape = static_shape(node.outputs[0])
     count = -(-prod(shape) // _BLOCK) if shape else 1
-    channels = weight.codes.shape[1]
     if count == 1 or shape is None:
-        return _channels(editor, node, one, weight, operand, parts, result)
+        return _channels(editor, node, linear, operand, parts, result)
+    edges = np.linspace(0, weight.codes.shape[1], count + 1).astype(int).tolist()
     made = []
-    for start, end in itertools.pairwise(np.linspace(0, channels, count + 1).astype(int).tolist()):
+    for start, end in itertools.pairwise(edges):
         like = ir.Value(
             name=f"{name_of(result.codes)}_{start}",
             type=result.codes.type,
             shape=ir.Shape([*shape[:-1], end - start]),
         )
         columns = editor.part(operand, -1, start, end, before=node)
-        piece = replace(result, codes=like)
-        made.append(_channels(editor, node, one, weight.part(start, end), columns, parts, piece))
+        piece, some = replace(result, codes=like), replace(linear, weight=weight.part(start, end))
+        made.append(_channels(editor, node, some, columns, parts, piece))
     return editor.joined(made, result.codes, before=node)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Linear:
+    """What is known of a linear before it is run.
+
+    Attributes:
+        one: x.
+        weight: W, all channels or some.
+        given: encoding of y.
+    """
+
+    one: CodedInput
+    weight: _Weight
+    given: Encoding
+
+    @property
+    def ratios(self) -> list[Fraction]:
+        """M, one per channel, or one alone."""
+        return exact_ratios([self.one.encoding.scale, self.weight.scale], self.given.scale)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Greatest |Σ (q_x - z_x)·q_w| of each channel, LSB."""
+        totals = np.abs(self.weight.codes.astype(np.int64)).sum(axis=0)
+        return [int(total) * self.one.reach for total in totals]
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """See ``_pieces``."""
+        return _pieces(np.abs(self.weight.codes.astype(np.int64)))
+
+    @property
+    def bias(self) -> list[Fraction]:
+        """In steps of s_x·s_w, LSB."""
+        return self.weight.bias_at(self.one.encoding.scale)
+
+    @property
+    def added(self) -> list[Fraction]:
+        """Bias and -z_x·Σ q_w: what is added to Σ q_x·q_w, LSB."""
+        cross = -self.one.zero_point * self.weight.codes.sum(axis=0, dtype=np.int64)
+        return [int(a) + b for a, b in zip(cross, self.bias, strict=True)]
+
+    def exact_in_float(self, taken: ir.DataType | None, given: ir.DataType | None) -> bool:
+        """True where a QLinearMatMul gives the exact codes: bytes of one type, no bias."""
+        return (
+            taken is given
+            and taken in (ir.DataType.UINT8, ir.DataType.INT8)
+            and self.weight.bias is None
+            and len(self.pieces) == 1
+            and exact_in_float(self.ratios, self.bounds, self.given)
+        )
+
+    def short_point(self) -> ShortPoint | None:
+        """All of M in 32 bits, where that is exact."""
+        if self.one.encoding.spec.bits > 8 or len(self.pieces) > 1:
+            return None
+        ratios = self.ratios
+        terms = linear_terms(self.one.encoding.spec, self.weight.codes, ratios)
+        addends = [a * ratios[c % len(ratios)] for c, a in enumerate(self.added)]
+        return short_point(terms, addends, int(self.given.zero_point), self.given.spec)
+
+
+def _quantized_product(
+    editor: IntegerEditor, node: ir.Node, linear: _Linear, operand: ir.Value, result: CodedResult
+) -> ir.Value:
+    scales = np.array([float(ratio) for ratio in linear.ratios], np.float32)
+    unit = editor.scale(np.array(1, np.float32))
+    ends = [
+        editor.zero_point(zero, like)
+        for zero, like in ((linear.one.zero_point, linear.one.codes), (0, operand))
+    ]
+    inputs = [
+        *(linear.one.codes, unit, ends[0]),
+        *(operand, editor.scale(scales if scales.size > 1 else scales.reshape(())), ends[1]),
+        *(unit, editor.zero_point(result.zero_point, result.codes)),
+    ]
+    return editor.codes("QLinearMatMul", inputs, result.codes, before=node)
 
 
 def _channels(
     editor: IntegerEditor,
     node: ir.Node,
-    one: CodedInput,
-    weight: _Weight,
+    linear: _Linear,
     operand: ir.Value,
     parts: list[_Bytes],
     result: CodedResult,
 ) -> ir.Value:
     """All channels of a linear, or some: sums, then codes."""
-    codes = weight.codes.astype(np.int64)
-    sums, cross = np.abs(codes).sum(axis=0), -one.zero_point * codes.sum(axis=0)
-    bias = weight.bias_at(one.encoding.scale)
-    added = [int(a) + b for a, b in zip(cross, bias, strict=True)]
-    ratios = exact_ratios([one.encoding.scale, weight.scale], result.encoding.scale)
-    bounds = [int(total) * one.reach + abs(int(b)) for total, b in zip(sums, bias, strict=True)]
-    fixed = fixed_point(ratios, bounds, result.encoding)
-    pieces = _pieces(np.abs(codes))
+    pieces = linear.pieces
     products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
-    largest = int(sums.max()) * one.encoding.spec.q_max
-    return _summed(editor, node, products, fixed, result, added, largest)
+    short = linear.short_point()
+    if short is not None:
+        arguments = short_arguments(short, result.zero_point, result.encoding.spec)
+        return editor.call("IntRequantizeShort", products, arguments, result.codes, before=node)
+    bounds = [b + abs(int(a)) for b, a in zip(linear.bounds, linear.bias, strict=True)]
+    fixed = fixed_point(linear.ratios, bounds, result.encoding)
+    totals = np.abs(linear.weight.codes.astype(np.int64)).sum(axis=0)
+    largest = int(totals.max()) * linear.one.encoding.spec.q_max
+    return _summed(editor, node, products, fixed, result, linear.added, largest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

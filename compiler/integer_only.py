@@ -3,6 +3,9 @@
 Integer functions are inlined first, so tensors inside their bodies are looked at for each call with
 the types that this call gives them. Declared types of results are dropped before inference: what
 is left has followed from inputs, initializers and operators alone.
+
+A QLinearMatMul's scales are floats by ONNX's definition. They may be, where they are initializers
+that nothing else takes: no float is computed of them outside of that operator.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.op_traits import is_scale
 
 Fault = tuple[str, str, str]
 """Reason, node name, value name."""
@@ -34,7 +38,8 @@ def float_faults(model: ir.Model) -> Iterator[Fault]:
     typed = _inlined(model)
     for graph in typed.graphs():
         for value in (*graph.inputs, *graph.initializers.values()):
-            if not value.is_initializer() or value.uses() or value.is_graph_output():
+            used = not value.is_initializer() or value.uses() or value.is_graph_output()
+            if used and not is_scale(value):
                 yield from _faults_of(value, "")
         for node in graph:
             where = node.metadata_props.get(_CALLER, name_of(node))

@@ -33,6 +33,11 @@ _PARAMETER_INPUTS: dict[str, tuple[int, ...]] = {
     "Resize": (1, 2),
 }
 
+# Inputs by which an operator on codes requantizes: floats by its definition, and constants here.
+_SCALE_INPUTS: dict[str, tuple[int, ...]] = {
+    "QLinearMatMul": (1, 4, 6),
+}
+
 # Output range known from the function itself (real). With 2^b steps over [0, 1) the scale is a
 # power of two, which is what NPUs force (targets.md, "forced encodings").
 FIXED_RANGES: dict[str, tuple[float, float]] = {
@@ -71,6 +76,18 @@ def layout_inputs(node: ir.Node) -> list[ir.Value]:
 def is_parameter(node: ir.Node, index: int) -> bool:
     """True for an input that says how the node works and is never quantized."""
     return is_standard(node) and index in _PARAMETER_INPUTS.get(node.op_type, ())
+
+
+def is_scale(value: ir.Value) -> bool:
+    """True for a constant float that operators on codes take as a scale, and nothing else."""
+    return (
+        value.is_initializer()
+        and not value.is_graph_output()
+        and all(
+            is_standard(node) and index in _SCALE_INPUTS.get(node.op_type, ())
+            for node, index in value.uses()
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)

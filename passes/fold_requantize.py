@@ -15,11 +15,13 @@ from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.integer_arguments import (
     add_arguments,
     multiply_arguments,
+    short_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_linear import fold_gemm, fold_matmul
 from qnpu.compiler.integer_math import exact_ratios, fixed_point
-from qnpu.compiler.op_traits import is_float, is_standard, layout_inputs
+from qnpu.compiler.integer_short import Term, short_point
+from qnpu.compiler.op_traits import is_float, is_scale, is_standard, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.qdq_edit import equal
@@ -43,6 +45,7 @@ class FoldRequantize(Pass):
 
     Before → after::
 
+        DQ(x: u8), DQ(w: s8) → MatMul → Q: u8      QLinearMatMul(x, w), where that is exact
         DQ(x: u8), DQ(w: s8) → MatMul → Q          MatMulInteger(x, w) → qnpu.IntRequantize
         DQ(x: u16), DQ(w: s8) → MatMul → Q         qnpu.IntSplit, 2 MatMulInteger, qnpu.IntAdd
         DQ(a), DQ(b) → MatMul → Q                  the same, with zero points of both
@@ -57,6 +60,10 @@ class FoldRequantize(Pass):
     4-bit codes stay packed: a Cast unpacks them as the file is loaded. Where a result is large
     (logits), its channels are computed in several parts, because numbers of 64 bits would else go
     through main memory a dozen times.
+
+    Where ratios of scales are small whole numbers times 2^-k (snap-scales), 32 bits are enough, and
+    so is the float32 that QLinearMatMul requantizes with: both are proved exact for each linear by
+    its weights, QLinearMatMul with ties to even. Its scales are a = 1, M per channel, y = 1.
 
     Exact: what comes out is the exact result rounded half up, but for one in 2^30 that lies too
     close to a tie (``qnpu.compiler.integer_math``); IntMul is within 2^-8 LSB of it.
@@ -101,7 +108,9 @@ def _refuse_floats(graph: ir.Graph) -> None:
         NoIntegerForm(node.op_type).at(node=label(node))
         for node in graph
         if node.op_type not in (QUANTIZE, DEQUANTIZE)
-        and any(v is not None and is_float(v) for v in (*node.inputs, *node.outputs))
+        and any(
+            v is not None and is_float(v) and not is_scale(v) for v in (*node.inputs, *node.outputs)
+        )
     ]
     if faults:
         raise DiagnosticError(faults)
@@ -135,14 +144,23 @@ def _add(
     if one is None or other is None:
         return None
     ratios = [
-        exact_ratios([item.encoding.scale], result.encoding.scale)[0] for item in (one, other)
+        sign_of * exact_ratios([item.encoding.scale], result.encoding.scale)[0]
+        for item, sign_of in ((one, 1), (other, sign))
     ]
-    fixed = fixed_point(
-        [ratios[0], sign * ratios[1]], [one.reach, other.reach], result.encoding, terms=2
-    )
     zeros = one.zero_point, other.zero_point
-    arguments = add_arguments(fixed, zeros, result.zero_point, result.encoding.spec)
-    function = "IntAdd" if fixed.low is None else "IntAddFine"
+    spec = result.encoding.spec
+    terms = [
+        Term([ratio], [item.encoding.spec.q_min], [item.encoding.spec.q_max])
+        for item, ratio in zip((one, other), ratios, strict=True)
+    ]
+    cross = -zeros[0] * ratios[0] - zeros[1] * ratios[1]
+    short = short_point(terms, [cross], result.zero_point, spec)
+    if short is not None:
+        function, arguments = "IntAddShort", short_arguments(short, result.zero_point, spec)
+    else:
+        fixed = fixed_point(ratios, [one.reach, other.reach], result.encoding, terms=2)
+        arguments = add_arguments(fixed, zeros, result.zero_point, spec)
+        function = "IntAdd" if fixed.low is None else "IntAddFine"
     return editor.call(function, [one.codes, other.codes], arguments, result.codes, before=node)
 
 

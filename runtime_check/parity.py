@@ -38,7 +38,10 @@ _CHUNK = 2**20
 _MOST_LSB = 4
 _SUM_BITS = 31
 _JOIN = "IntJoin"
-_ACCUMULATORS = ("MatMulInteger", _JOIN)
+_WITHIN = "QLinearMatMul"  # makes sums that it does not hand out
+_ACCUMULATORS = ("MatMulInteger", _JOIN, _WITHIN)
+_OPERANDS = {_WITHIN: (0, 3, 2, 5)}
+"""Operator → where it takes two operands and the zero points of either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,8 @@ class AccumulatorParity:
 
     Attributes:
         node: what makes them.
-        operator: MatMulInteger, or IntJoin, which adds those of high and low bytes.
+        operator: MatMulInteger, QLinearMatMul, which requantizes them at once, or IntJoin, which
+            adds those of high and low bytes.
         constant: one operand is a weight, whose codes give the bound; else the depth gives it.
         bound_bits: of the greatest magnitude that any input can lead to.
         seen_bits: of the greatest magnitude there was.
@@ -268,7 +272,8 @@ def _compare(
     grid, tally, rounded = _Grid.of(unit), _Tally(), _Tally()
     executor = TorchExecutor(unit.reference_nodes, dtype=torch.float64)
     products = sums.new(unit.nodes)
-    outputs = [unit.result, *(node.outputs[0] for node in products)]
+    watched = [value for value in _watched(products) if value not in unit.takes]
+    outputs = list(dict.fromkeys([unit.result, *watched]))
     session = None
     if unit.nodes:
         proto = subgraph_proto(unit.nodes, list(unit.takes), outputs, integer)
@@ -279,13 +284,16 @@ def _compare(
         codes[name_of(unit.reference)] = grid.rounded(exact, unit.reference)
         if session is not None:
             feeds = {name_of(value): codes[name] for value, name in unit.takes.items()}
-            got, *seen = run(session, [name_of(value) for value in outputs], feeds)
-            for node, array in zip(products, seen, strict=True):
-                sums.see(node, array)
-            rounded.add_all(exact, got, grid)
+            got = dict(feeds)
+            names = [name_of(value) for value in outputs]
+            got |= zip(names, run(session, names, feeds), strict=True)
+            for node in products:
+                sums.see(node, got)
+            made = got[name_of(unit.result)]
+            rounded.add_all(exact, made, grid)
             if unit.skipped:
                 exact = _run(executor, _unrounded(unit, executor, inputs), unit.exact) / grid.scale
-                tally.add_all(exact, got, grid)
+                tally.add_all(exact, made, grid)
     if not unit.nodes:
         return None
     return _tensor_parity(unit, tally if unit.skipped else rounded, rounded.max_lsb)
@@ -426,6 +434,29 @@ class _Tally:
             self.beyond = max(self.beyond, float(away.max()) - 0.5)
 
 
+def _watched(products: Sequence[ir.Node]) -> list[ir.Value]:
+    """What must be seen of nodes that make sums: those, or both operands."""
+    found: dict[ir.Value, None] = {}
+    for node in products:
+        operands = [node.inputs[index] for index in _OPERANDS.get(node.op_type, ())[:2]]
+        made = [value for value in operands if value is not None and value.producer() is not None]
+        found |= dict.fromkeys(made if node.op_type == _WITHIN else node.outputs)
+    return list(found)
+
+
+def _sums_within(node: ir.Node, arrays: Mapping[str, Array]) -> NDArray[np.float64]:
+    """Sums of a QLinearMatMul, whole numbers below 2^53."""
+    factors: list[NDArray[np.float64]] = []
+    for operand in (0, 1):
+        value = node.inputs[_OPERANDS[_WITHIN][operand]]
+        held = constant_array(value)
+        codes = arrays[name_of(value)] if held is None and value is not None else held
+        if codes is None:
+            raise ValueError(f"{name_of(node)} lacks an operand")
+        factors.append(widened(codes).astype(np.float64) - _zero_point(node, operand))
+    return np.asarray(factors[0] @ factors[1])
+
+
 class _Sums:
     """Greatest sums of every node that makes some and was run."""
 
@@ -436,8 +467,17 @@ class _Sums:
         """Those of some nodes that make sums and have not been run yet."""
         return [n for n in nodes if n.op_type in _ACCUMULATORS and n not in self._seen]
 
-    def see(self, node: ir.Node, sums: Array) -> None:
-        """Notes sums of a node."""
+    def see(self, node: ir.Node, arrays: Mapping[str, Array]) -> None:
+        """Notes sums of a node.
+
+        Args:
+            node: that makes sums.
+            arrays: what ``_watched`` says of it, by name.
+        """
+        if node.op_type == _WITHIN:
+            sums = _sums_within(node, arrays)
+        else:
+            sums = arrays[name_of(node.outputs[0])]
         greatest = max(int(sums.max(initial=0)), -int(sums.min(initial=0)))
         self._seen[node] = max(self._seen.get(node, 0), greatest)
 
@@ -472,14 +512,14 @@ class _Product:
 
     @classmethod
     def of(cls, node: ir.Node, model: ir.Model) -> _Product:
-        """That of a MatMulInteger, or of the two whose sums an IntJoin adds.
+        """That of a product of codes, or of the two whose sums an IntJoin adds.
 
         Raises:
             ValueError: depth is not static.
         """
         halves = [v.producer() for v in node.inputs[:2] if v] if node.op_type == _JOIN else [node]
         parts = [half for half in halves if half is not None]
-        first, second = parts[0].inputs[:2]
+        first, second = (parts[0].inputs[i] for i in _operands(parts[0])[:2])
         weight = _constant(second, model)
         depth = last_dimension(first) or (weight.shape[-2] if weight is not None else None)
         if depth is None:
@@ -508,8 +548,13 @@ def _reach(bits: int, zero_point: int, *, signed: bool) -> int:
     return max(low + (1 << bits) - 1 - zero_point, zero_point - low)
 
 
+def _operands(node: ir.Node) -> tuple[int, ...]:
+    return _OPERANDS.get(node.op_type, (0, 1, 2, 3))
+
+
 def _zero_point(node: ir.Node, index: int) -> int:
-    zero = constant_array(node.inputs[index + 2]) if len(node.inputs) > index + 2 else None
+    place = _operands(node)[index + 2]
+    zero = constant_array(node.inputs[place]) if len(node.inputs) > place else None
     return 0 if zero is None else int(zero.item())
 
 

@@ -30,6 +30,31 @@ def test_sums(operator: str, kinds: tuple[str, str]) -> None:
     np.testing.assert_array_equal(found, rounded(sums, Fraction(1, denominator), 30000, U16))
 
 
+@pytest.mark.parametrize("operator", ["Add", "Sub"])
+@pytest.mark.parametrize(
+    ("scales", "function"),
+    [((2**-9, 13 * 2**-8, 2**-4), "IntAddShort"), ((0.3, 0.4, 0.5), "IntAdd")],
+)
+def test_sums_on_a_grid_are_made_in_32_bits(
+    operator: str, scales: tuple[float, ...], function: str
+) -> None:
+    model = parse(f"""
+        g (uint16[5, 40] a, uint16[40] b) => (uint16[5, 40] y)
+        <float sa = {{{scales[0]}}}, uint16 za = {{100}}, float sb = {{{scales[1]}}},
+         uint16 zb = {{50000}}, float sy = {{{scales[2]}}}, uint16 zy = {{30000}}>
+        {{ ra = DequantizeLinear(a, sa, za) rb = DequantizeLinear(b, sb, zb)
+           h = {operator}(ra, rb) y = QuantizeLinear(h, sy, zy) }}
+    """)
+    a, b = codes(U16, 5, 40), codes(U16, 40, seed=1)
+    found = folded(model, a=a, b=b)
+    assert operators(model)[0].removesuffix("Fine") == function
+    one, other, to = (Fraction(float(np.float32(s))) for s in scales)
+    unit = Fraction(1, (one / to).denominator * (other / to).denominator)
+    factors = [int(one / to / unit), int(other / to / unit) * (1 if operator == "Add" else -1)]
+    sums = whole(a, 100) * factors[0] + whole(b, 50000) * factors[1]
+    np.testing.assert_array_equal(found, rounded(sums, unit, 30000, U16))
+
+
 @pytest.mark.parametrize("kinds", [("uint16", "uint16"), ("uint8", "uint16"), ("int8", "uint8")])
 def test_products(kinds: tuple[str, str]) -> None:
     named, zeros = {"a": kinds[0], "b": kinds[1], "y": "uint16"}, {"a": 100, "b": 77, "y": 30000}

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.integer_math import round_half_up
+from qnpu.compiler.integer_only import float_faults
 from qnpu.passes.fold_requantize import FoldRequantize
-from tests.conftest import apply, parse
+from tests.conftest import Array, apply, parse
 from tests.integer_cells import (
     KINDS,
     cell,
@@ -90,3 +91,121 @@ def test_large_results_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert operators(model)[-1] == "Concat"
     assert operators(model).count("MatMulInteger") == 6
     np.testing.assert_array_equal(found, expected)
+
+
+def on_grid(
+    kind: str, given: str, weight: str, scales: list[float], end: float, bias: bool = False
+) -> tuple[ir.Model, Array]:
+    """A linear of 32 features with scale 1 of x, one scale per channel of W, ``end`` of y."""
+    count = len(scales)
+    low, high = (-7, 8) if weight == "int4" else (-127, 128)
+    numbers = np.random.default_rng(5).integers(low, high, (32, count))
+    body = "rc = DequantizeLinear<axis = 0>(c, sw, zc) h = Gemm(ra, rw, rc)"
+    model = parse(f"""
+        g ({kind}[64, 32] a, {weight}[32, {count}] w, {weight}[{count}] zw)
+            => ({given}[64, {count}] y)
+        <float[{count}] sw = {{{",".join(map(repr, scales))}}},
+         int32[{count}] c = {{{",".join(str(700 * i - 999) for i in range(count))}}},
+         int32[{count}] zc = {{{",".join(["0"] * count)}}},
+         float sa = {{1.0}}, {kind} za = {{100}}, float sy = {{{end!r}}}, {given} zy = {{90}}>
+        {{ ra = DequantizeLinear(a, sa, za) rw = DequantizeLinear<axis = 1>(w, sw, zw)
+           {body if bias else "h = MatMul(ra, rw)"} y = QuantizeLinear(h, sy, zy) }}
+    """)
+    dtype = ir.DataType[weight.upper()]
+    with_constant(model, "w", numbers, dtype)
+    with_constant(model, "zw", np.zeros(count), dtype)
+    return model, numbers
+
+
+def extremes(kind: str, numbers: Array) -> Array:
+    """Random codes, and those that make the sums of each channel least and greatest."""
+    spec = KINDS[kind]
+    found = codes(spec, 64, 32)
+    for channel in range(min(24, numbers.shape[1])):
+        up = numbers[:, channel] > 0
+        found[2 * channel] = np.where(up, spec.q_max, spec.q_min)
+        found[2 * channel + 1] = np.where(up, spec.q_min, spec.q_max)
+    return found
+
+
+def to_even(sums: Array, ratio: Fraction, zero: int, kind: str) -> Array:
+    exact = [round(int(n) * ratio) + zero for n in sums]
+    return np.clip(np.array(exact, np.int64), KINDS[kind].q_min, KINDS[kind].q_max)
+
+
+@pytest.mark.parametrize(("kind", "given"), [("uint8", "uint8"), ("int8", "int8")])
+@pytest.mark.parametrize("weight", ["int8", "int4"])
+def test_bytes_on_the_grid_are_requantized_by_float32(kind: str, given: str, weight: str) -> None:
+    """Ratios of n·2^-k, n of 1 to 31; ties go to the even code, as QuantizeLinear's do."""
+    scales = [(1 + c) * 2.0 ** -(2 + c % 5) for c in range(31)]
+    model, numbers = on_grid(kind, given, weight, scales, 8.0)
+    a = extremes(kind, numbers)
+    found = folded(model, a=a)
+    assert operators(model) == ["Cast"] * (weight == "int4") + ["QLinearMatMul"]
+    assert not list(float_faults(model))
+    ties = 0
+    for channel, scale_of in enumerate(scales):
+        ratio = Fraction(scale_of) / 8
+        sums = whole(a, 100) @ numbers[:, channel].astype(object)
+        ties += sum((2 * int(n) * ratio).denominator == 1 and n * ratio % 1 != 0 for n in sums)
+        np.testing.assert_array_equal(found[:, channel], to_even(sums, ratio, 90, given))
+    assert ties > 10
+    assert {found.min(), found.max()} == {KINDS[given].q_min, KINDS[given].q_max}
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize("weight", ["int8", "int4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sixteen_bits_on_the_grid_are_requantized_in_32(kind: str, weight: str, bias: bool) -> None:
+    scales = [(8 + c) * 2.0 ** -(3 + c % 3) for c in range(24)]
+    model, numbers = on_grid(kind, "uint16", weight, scales, 1.0, bias)
+    a = extremes(kind, numbers)
+    found = folded(model, a=a)
+    assert operators(model)[-2:] == ["MatMulInteger", "IntRequantizeShort"]
+    for channel, scale_of in enumerate(scales):
+        sums = whole(a, 100) @ numbers[:, channel].astype(object)
+        sums = sums + (700 * channel - 999 if bias else 0)
+        np.testing.assert_array_equal(found[:, channel], rounded(sums, Fraction(scale_of), 90, U16))
+
+
+def test_bytes_with_a_bias_are_requantized_in_32_bits() -> None:
+    scales = [(8 + c) * 2.0**-8 for c in range(24)]
+    model, numbers = on_grid("uint8", "uint8", "int8", scales, 8.0, bias=True)
+    a = extremes("uint8", numbers)
+    found = folded(model, a=a)
+    assert operators(model) == ["MatMulInteger", "IntRequantizeShort"]
+    for channel, scale_of in enumerate(scales):
+        sums = whole(a, 100) @ numbers[:, channel].astype(object) + 700 * channel - 999
+        expected = rounded(sums, Fraction(scale_of) / 8, 90, KINDS["uint8"])
+        np.testing.assert_array_equal(found[:, channel], expected)
+
+
+@pytest.mark.parametrize("given", ["uint8", "uint16"])
+def test_off_the_grid_neither_is_used(given: str) -> None:
+    scales = [float(np.float32(1.1 ** (c - 30))) for c in range(6)]
+    model, _ = on_grid("uint8", given, "int8", scales, 3.0)
+    apply(FoldRequantize(), model)
+    assert {"QLinearMatMul", "IntRequantizeShort"}.isdisjoint(operators(model))
+    assert operators(model)[-1].startswith("IntRequantize")
+
+
+def test_types_that_differ_have_no_float32_form() -> None:
+    model, _ = on_grid("int8", "uint8", "int8", [2.0**-8] * 4, 8.0)
+    apply(FoldRequantize(), model)
+    assert operators(model) == ["MatMulInteger", "IntRequantizeShort"]
+
+
+def test_ratios_too_small_for_float32() -> None:
+    """Sums of 4096 features pass 2^24 before results are clipped."""
+    features = 4096
+    model = parse(f"""
+        g (uint8[1, {features}] a, int8[{features}, 1] w) => (uint8[1, 1] y)
+        <float[1] sw = {{31.0}}, int8[1] zw = {{0}}, float sa = {{1.0}},
+         uint8 za = {{0}}, float sy = {{16777216.0}}, uint8 zy = {{0}}>
+        {{ ra = DequantizeLinear(a, sa, za) rw = DequantizeLinear<axis = 1>(w, sw, zw)
+           h = MatMul(ra, rw) y = QuantizeLinear(h, sy, zy) }}
+    """)
+    with_constant(model, "w", np.full((features, 1), 127), ir.DataType.INT8)
+    found = folded(model, a=np.full((1, features), 254, np.uint8))
+    assert operators(model) == ["MatMulInteger", "IntRequantizeShort"]
+    assert int(found[0, 0]) == round_half_up(Fraction(features * 127 * 254 * 31, 1 << 24))

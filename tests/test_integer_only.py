@@ -169,3 +169,41 @@ def test_the_verifier_says_so() -> None:
         verify_stage(Compilation(model, stage=Stage.INTEGER))
     assert caught.value.codes == ["QN903"]
     assert caught.value.diagnostics[0].location.value == name
+
+
+QUANTIZED = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (uint8[2, 3] x) => (uint8[2, 2] y)
+    <uint8 zx = {7}, int8[3, 2] w = {1, 2, 3, 4, 5, 6}, int8 zw = {0}, uint8 zy = {9},
+     float one = {1}, float[2] s = {0.5, 0.25}>
+    { y = QLinearMatMul(x, one, zx, w, s, zw, one, zy) MORE }
+"""
+
+
+def test_scales_of_an_operator_on_codes_may_be_floats() -> None:
+    assert found(parse(QUANTIZED.replace("MORE", ""))) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ("u = Mul(one, one)", "one"),  # something else takes a scale
+        ("u = Cast<to: int = 1>(x)", "u"),
+    ],
+)
+def test_any_other_float_beside_them_is_found(more: str, fault: str) -> None:
+    assert fault in found(parse(QUANTIZED.replace("MORE", more)))
+
+
+def test_a_scale_that_is_computed_is_found() -> None:
+    text = QUANTIZED.replace("MORE", "").replace("{ y", "{ t = Identity(s) y")
+    assert set(found(parse(text.replace("w, s,", "w, t,")))) == {"s", "t"}
+
+
+def test_a_scale_that_comes_in_or_goes_out_is_found() -> None:
+    text = QUANTIZED.replace("MORE", "")
+    entering = text.replace("x) =>", "x, float t) =>").replace("w, s,", "w, t,")
+    assert found(parse(entering)) == ["t"]
+    model = parse(text)
+    model.graph.outputs.append(model.graph.initializers["s"])
+    assert found(model) == ["s"]

@@ -205,15 +205,20 @@ def small(text: str, feeds: list[Feeds]) -> ParityCertificate:
     return parity_certificate(qdq, lower_model(qdq), feeds)
 
 
-def test_the_bound_of_sums_is_the_sum_of_weights() -> None:
+@pytest.mark.parametrize(
+    ("scale", "operator"), [("0.5", "QLinearMatMul"), ("0.51", "MatMulInteger")]
+)
+def test_the_bound_of_sums_is_the_sum_of_weights(scale: str, operator: str) -> None:
     """4 · 127 · 255 = 129540, which is what the largest input leads to."""
-    found = small(LINEAR, [{"x": np.full((1, 4), 200.0, np.float32)}])
+    text = LINEAR.replace("sx = {0.5}", f"sx = {{{scale}}}")
+    found = small(text, [{"x": np.full((1, 4), 200.0, np.float32)}])
     assert found.accumulators == (
-        AccumulatorParity(found.accumulators[0].node, "MatMulInteger", True, 17, 17),
+        AccumulatorParity(found.accumulators[0].node, operator, True, 17, 17),
     )
+    assert found.passed
     (tensor,) = found.tensors
     assert (tensor.kind, tensor.operator, tensor.elements) == ("linear", "MatMul", 2)
-    less = small(LINEAR, [{"x": np.full((1, 4), 0.5, np.float32)}])  # 4 · 127 = 508
+    less = small(text, [{"x": np.full((1, 4), 0.5, np.float32)}])  # 4 · 127 = 508
     assert less.accumulators[0].seen_bits == 9
 
 
