@@ -152,11 +152,13 @@ class IntegerEditor(GraphEditor):
         result.type = one.type
         return result
 
-    def joined(self, parts: Sequence[ir.Value], like: ir.Value, *, before: ir.Node) -> ir.Value:
-        """Parts along the last axis, as one."""
+    def joined(
+        self, parts: Sequence[ir.Value], like: ir.Value, *, axis: int, before: ir.Node
+    ) -> ir.Value:
+        """Parts along an axis, as one."""
         shape = like.shape.dims if like.shape is not None else None
         name = f"{name_of(like)}_joined"
-        result = self.node("Concat", parts, name, shape, before=before, axis=-1)
+        result = self.node("Concat", parts, name, shape, before=before, axis=axis)
         result.type = parts[0].type
         return result
 

@@ -225,7 +225,7 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         columns = editor.part(operand, -1, start, end, before=node)
         piece, some = replace(result, codes=like), replace(linear, weight=weight.part(start, end))
         made.append(_channels(editor, node, some, columns, parts, piece))
-    return editor.joined(made, result.codes, before=node)
+    return editor.joined(made, result.codes, axis=-1, before=node)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

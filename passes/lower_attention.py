@@ -20,23 +20,12 @@ from qnpu.compiler.integer_arguments import (
     split_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import attention_numbers, round_half_up
-from qnpu.compiler.op_traits import is_standard, layout_inputs
-from qnpu.compiler.operands import DEQUANTIZE
+from qnpu.compiler.integer_math import AttentionNumbers, attention_numbers
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.qdq_edit import equal
-from qnpu.compiler.quantized_results import (
-    CodedInput,
-    CodedResult,
-    coded_input,
-    coded_results,
-    only_source,
-    only_user,
-)
+from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAttention
+from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_results
 
-_INT32_MAX = 2**31 - 1
 _HALF = 128  # what int8 codes are less than uint8 codes
-_MOST_STEP = 2**16  # LSB of scores, which are finer than a step
 _MOST_CODES = 256  # of a constant mask
 
 
@@ -55,7 +44,8 @@ class LowerAttention(Pass):
     the division comes last, of as many numbers as come out: neither scores nor probabilities are
     rounded or clipped on the way, so this is nearer to the float graph than the Q/DQ graph is.
     Σ e_j is one more column of the values, all ones. Codes that are only moved and then narrowed
-    are narrow from the beginning.
+    are narrow from the beginning. Where a constant mask hides keys from whole groups of queries,
+    as a causal one does, those are left out.
 
     Must not fire where scores go through anything but one mask and factors above 0, where one of
     them is read elsewhere, keys or values have more than 8 bits, queries are signed with 16, sums
@@ -70,11 +60,11 @@ class LowerAttention(Pass):
         model = compilation.model
         editor, count = IntegerEditor(model), 0
         for node in list(model.graph):
-            attention = _Attention.ending_at(node)
+            attention = QuantizedAttention.ending_at(node)
             results = coded_results(node.outputs[0]) if attention is not None else None
             if attention is None or not results:
                 continue
-            narrowed = [_Narrowed.of(result) for result in results]
+            narrowed = [NarrowedResult.of(result) for result in results]
             made = [_lowered(editor, attention, item) for item in narrowed]
             count += editor.take_over_all([item.result.codes for item in narrowed], made)
         if count:
@@ -82,262 +72,151 @@ class LowerAttention(Pass):
         return count
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Attention:
-    """An attention whose inner results go nowhere else.
-
-    Attributes:
-        mix: the MatMul at its end.
-        queries: (…, S, D)
-        keys: (…, D, T)
-        values: (…, T, E)
-        scale: real units per LSB of a score, as the softmax takes it.
-        mask: added to scores; None where there is none.
-        mask_factor: that a mask is multiplied with before the softmax.
-        shape: of the scores.
-    """
-
-    mix: ir.Node
-    queries: CodedInput
-    keys: CodedInput
-    values: CodedInput
-    scale: Fraction
-    mask: CodedInput | None
-    mask_factor: Fraction
-    shape: tuple[int, ...]
-
-    @classmethod
-    def ending_at(cls, node: ir.Node) -> _Attention | None:
-        """The attention of which a node is the last, where it can be lowered as one."""
-        if node.op_type != "MatMul" or not is_standard(node):
-            return None
-        softmax, values = only_source(node.inputs[0]), coded_input(node.inputs[1])
-        if softmax is None or softmax.op_type != "Softmax" or values is None or values.constant:
-            return None
-        shape = static_shape(softmax.outputs[0])
-        if shape is None or softmax.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
-            return None
-        above = _Scores.of(softmax.inputs[0], shape)
-        if above is None or above.factor <= 0:
-            return None
-        queries, keys = (coded_input(value) for value in above.product.inputs)
-        if queries is None or keys is None or keys.constant:
-            return None
-        scale = Fraction(queries.scale) * Fraction(keys.scale) * above.factor
-        found = cls(node, queries, keys, values, scale, above.mask, above.mask_factor, shape)
-        return found if found.fits else None
-
-    @property
-    def fits(self) -> bool:
-        """Codes are of kinds that are multiplied, and no sum of theirs can leave int32."""
-        queries = self.queries.encoding.spec
-        if (queries.bits > 8 and queries.signed) or any(
-            item.encoding.spec.bits > 8 for item in (self.keys, self.values)
-        ):
-            return False
-        depth, keys, values = (
-            static_shape(i.codes) for i in (self.queries, self.keys, self.values)
-        )
-        if depth is None or keys is None or values is None:
-            return False
-        reach = depth[-1] * self.queries.reach * self.keys.reach + max(
-            map(abs, _mask_numbers(self)), default=0
-        )
-        return 2 * reach + _MOST_STEP <= _INT32_MAX and self.shape[-1] * 255 * 255 <= _INT32_MAX
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Scores:
-    """What lies between a product and a softmax.
-
-    Attributes:
-        product: the MatMul.
-        factor: that its results are multiplied with.
-        mask: that is added.
-        mask_factor: that the mask is multiplied with after that.
-    """
-
-    product: ir.Node
-    factor: Fraction
-    mask: CodedInput | None
-    mask_factor: Fraction
-
-    @classmethod
-    def of(cls, value: ir.Value | None, shape: tuple[int, ...]) -> _Scores | None:
-        factor, mask, mask_factor = Fraction(1), None, Fraction(1)
-        node = only_source(value)
-        while node is not None and is_standard(node) and static_shape(node.outputs[0]) == shape:
-            if node.op_type == "MatMul":
-                return cls(node, factor, mask, mask_factor)
-            step = _Step.of(node, shape)
-            if step is None or (step.mask is not None and mask is not None):
-                return None
-            if step.mask is not None:
-                mask, mask_factor = step.mask, factor
-            factor *= step.factor
-            node = only_source(step.scores)
-        return None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Step:
-    """A product with one number, or a sum with a mask.
-
-    Attributes:
-        scores: the operand that is neither.
-        factor: 1 of a sum.
-        mask: of a sum.
-    """
-
-    scores: ir.Value
-    factor: Fraction
-    mask: CodedInput | None
-
-    @classmethod
-    def of(cls, node: ir.Node, shape: tuple[int, ...]) -> _Step | None:
-        if node.op_type not in ("Mul", "Div", "Add"):
-            return None
-        one, other = node.inputs
-        first, second = coded_input(one), coded_input(other)
-        if one is None or other is None or first is None or second is None:
-            return None
-        if node.op_type == "Add":
-            if only_source(one) is None or static_shape(one) != shape:
-                one, second = other, first
-            return cls(one, Fraction(1), second)
-        if node.op_type == "Mul" and first.single is not None:
-            one, second = other, first
-        if not second.single:
-            return None
-        factor = second.single * Fraction(second.scale)
-        return cls(one, factor if node.op_type == "Mul" else 1 / factor, None)
-
-
-def _mask_numbers(attention: _Attention) -> list[int]:
-    """What each code of the mask is, LSB of the scores, in the order of a table."""
-    mask = attention.mask
-    if mask is None:
-        return []
-    ratio = Fraction(mask.scale) * attention.mask_factor / attention.scale
-    return [round_half_up(int(number) * ratio) for number in mask.numbers]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Narrowed:
-    """Codes that an attention may give at once.
-
-    Attributes:
-        result: what becomes of the attention's result in the end.
-        layouts: operators that move its elements before that, in order.
-    """
-
-    result: CodedResult
-    layouts: tuple[ir.Node, ...]
-
-    @classmethod
-    def of(cls, result: CodedResult) -> _Narrowed:
-        """The narrower codes behind layout operators, where nothing else reads the wide ones."""
-        layouts: list[ir.Node] = []
-        codes = result.codes
-        while True:
-            dequantize = only_user(codes, DEQUANTIZE)
-            real = dequantize.outputs[0] if dequantize is not None else None
-            found = coded_results(real) if real is not None and len(real.uses()) == 1 else None
-            if found and found[0].encoding.spec.bits < result.encoding.spec.bits:
-                return cls(found[0], tuple(layouts))
-            user = only_user(real) if real is not None else None
-            if user is None or list(layout_inputs(user)) != [real] or len(user.outputs) > 1:
-                return cls(result, ())
-            layouts.append(user)
-            moved = coded_results(user.outputs[0])
-            if not moved or len(moved) > 1 or not equal(moved[0].encoding, result.encoding):
-                return cls(result, ())
-            codes = moved[0].codes
-
-    def move(self, editor: IntegerEditor, codes: ir.Value, before: ir.Node) -> ir.Value:
-        """The layout operators, on codes."""
-        for node in self.layouts:
-            others = [codes if item is node.inputs[0] else item for item in node.inputs]
-            moved = ir.Node("", node.op_type, others, node.attributes.values(), num_outputs=1)
-            moved.name = editor.free_name(f"{name_of(codes)}_{node.op_type}")
-            value = moved.outputs[0]
-            value.name = editor.free_name(f"{name_of(node.outputs[0])}_codes")
-            value.type, value.shape = codes.type, node.outputs[0].shape
-            editor.graph.insert_before(before, moved)
-            codes = value
-        return codes
-
-
-def _lowered(editor: IntegerEditor, attention: _Attention, narrowed: _Narrowed) -> ir.Value:
+def _lowered(
+    editor: IntegerEditor, attention: QuantizedAttention, narrowed: NarrowedResult
+) -> ir.Value:
     node, result = attention.mix, narrowed.result
-    numbers = attention_numbers(attention.scale, Fraction(attention.values.scale), result.encoding)
-    scores = _scores(editor, attention)
-    mask = _mask(editor, attention)
-    like = _like(scores, "exponentials", ir.DataType.UINT8, attention.shape)
-    high = editor.call(
-        "IntExponentials" if numbers.bytes == 2 else "IntExponentialsFine",
-        [scores, mask],
-        exponentials_arguments(numbers, prod(attention.shape)),
-        like,
-        before=node,
-    )
-    producer = high.producer()
-    weights = list(producer.outputs) if producer is not None else []
-    values, zero = _signed(editor, attention.values, node)
-    columns = _with_ones(editor, values, node)
-    shape = static_shape(columns)
-    target = _like(
-        result.codes, "", ir.DataType.INT32, (*attention.shape[:-1], (shape or (0,))[-1])
-    )
-    sums = [
-        editor.accumulator("MatMulInteger", [part, columns], target, before=node)
-        for part in weights
-    ]
-    arguments = normalize_arguments(numbers, zero, result.zero_point, result.encoding.spec)
-    function = "IntNormalize" if numbers.bytes == 2 else "IntNormalizeFine"
-    mixed = _like(result.codes, "", result.encoding.spec.dtype, static_shape(node.outputs[0]))
-    codes = editor.call(function, sums, arguments, mixed, before=node)
-    return narrowed.move(editor, codes, node)
+    lowering = _Lowering.of(editor, attention, result)
+    rows = [lowering.rows(block) for block in attention.blocks()]
+    codes = rows[0]
+    if len(rows) > 1:
+        like = _like(result.codes, "", rows[0].dtype, static_shape(node.outputs[0]))
+        codes = editor.joined(rows, like, axis=-2, before=node)
+    for layout in narrowed.layouts:
+        codes = _moved(editor, layout, codes, node)
+    return codes
 
 
-def _scores(editor: IntegerEditor, attention: _Attention) -> ir.Value:
-    """Queries times keys, int32."""
-    node, queries = attention.mix, attention.queries
-    keys, zero = _signed(editor, attention.keys, node)
-    like = _like(attention.mix.outputs[0], "scores", ir.DataType.INT32, attention.shape)
-    if queries.encoding.spec.bits <= 8:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lowering:
+    """What all blocks of an attention share.
+
+    Attributes:
+        editor: of the graph.
+        attention: what is lowered.
+        result: what it gives.
+        numbers: that it counts with.
+        queries: parts of the queries, 8 bits, shape (…, S, D), and the zero point of each.
+        keys: int8, shape (…, D, T), and their zero point.
+        values: int8, shape (…, T, E + 1), the last column ones; and the zero point of the others.
+    """
+
+    editor: IntegerEditor
+    attention: QuantizedAttention
+    result: CodedResult
+    numbers: AttentionNumbers
+    queries: list[tuple[ir.Value, int]]
+    keys: tuple[ir.Value, int]
+    values: tuple[ir.Value, int]
+
+    @classmethod
+    def of(
+        cls, editor: IntegerEditor, attention: QuantizedAttention, result: CodedResult
+    ) -> _Lowering:
+        node, queries = attention.mix, attention.queries
         parts = [(queries.codes, queries.zero_point)]
-    else:
-        high, low = editor.split(queries.codes, split_arguments(), before=node)
-        parts = [(high, queries.zero_point >> 8), (low, queries.zero_point & 255)]
-    sums = [
-        editor.accumulator(
-            "MatMulInteger",
-            [part, keys, editor.zero_point(own, part), editor.zero_point(zero, keys)],
+        if queries.encoding.spec.bits > 8:
+            high, low = editor.split(queries.codes, split_arguments(), before=node)
+            parts = [(high, queries.zero_point >> 8), (low, queries.zero_point & 255)]
+        values, zero = _signed(editor, attention.values, node)
+        return cls(
+            editor,
+            attention,
+            result,
+            attention_numbers(attention.scale, Fraction(attention.values.scale), result.encoding),
+            parts,
+            _signed(editor, attention.keys, node),
+            (_with_ones(editor, values, node), zero),
+        )
+
+    def rows(self, block: Block) -> ir.Value:
+        """What comes out for some queries: codes, shape (…, queries, E)."""
+        editor, node, numbers = self.editor, self.attention.mix, self.numbers
+        shape = (*self.attention.shape[:-2], block.queries, block.keys)
+        scores = self._scores(block, shape)
+        like = _like(scores, "exponentials", ir.DataType.UINT8, shape)
+        first = editor.call(
+            "IntExponentials" if numbers.bytes == 2 else "IntExponentialsFine",
+            [scores, self._mask(block)],
+            exponentials_arguments(numbers, prod(shape)),
             like,
             before=node,
         )
-        for part, own in parts
-    ]
-    if len(sums) == 1:
-        return sums[0]
-    return editor.call("IntJoin", sums, join_arguments(), like, before=node)
+        maker = first.producer()
+        values = self._cut(self.values[0], -2, block.first_key, block.end_key)
+        width = (static_shape(self.values[0]) or (1,))[-1]
+        sums = _like(self.result.codes, "", ir.DataType.INT32, (*shape[:-1], width))
+        spec = self.result.encoding.spec
+        return editor.call(
+            "IntNormalize" if numbers.bytes == 2 else "IntNormalizeFine",
+            [
+                editor.accumulator("MatMulInteger", [part, values], sums, before=node)
+                for part in (maker.outputs if maker is not None else ())
+            ],
+            normalize_arguments(numbers, self.values[1], self.result.zero_point, spec),
+            _like(self.result.codes, "", spec.dtype, (*shape[:-1], width - 1)),
+            before=node,
+        )
+
+    def _scores(self, block: Block, shape: tuple[int, ...]) -> ir.Value:
+        """Queries times keys, int32."""
+        editor, node = self.editor, self.attention.mix
+        keys = self._cut(self.keys[0], -1, block.first_key, block.end_key)
+        like = _like(node.outputs[0], "scores", ir.DataType.INT32, shape)
+        sums = []
+        for part, zero in self.queries:
+            rows = self._cut(part, -2, block.first_query, block.end_query)
+            zeros = editor.zero_point(zero, rows), editor.zero_point(self.keys[1], keys)
+            operands = [rows, keys, *zeros]
+            sums.append(editor.accumulator("MatMulInteger", operands, like, before=node))
+        if len(sums) == 1:
+            return sums[0]
+        return editor.call("IntJoin", sums, join_arguments(), like, before=node)
+
+    def _mask(self, block: Block) -> ir.Value:
+        """The mask in LSB of the scores, int32; 0 where there is none."""
+        mask = self.attention.mask
+        if mask is None:
+            return self.editor.number(np.array(0, np.int32))
+        table = np.array(self.attention.mask_numbers, np.int32)
+        codes, held = mask.codes, constant_array(mask.codes) if mask.constant else None
+        if held is not None:
+            used, places = np.unique(held.astype(np.int64), return_inverse=True)
+            places = places.reshape(held.shape)
+            if held.shape[-2:] == self.attention.shape[-2:]:
+                rows, keys = (
+                    slice(block.first_query, block.end_query),
+                    slice(block.first_key, block.end_key),
+                )
+                places = places[..., rows, keys]
+            if len(used) <= _MOST_CODES:  # a smaller table, and bytes that all layers share
+                codes = self.editor.number(places.astype(np.uint8))
+                table = np.pad(table[used], (0, _MOST_CODES - len(used)))
+        like = _like(mask.codes, "in_scores", ir.DataType.INT32, static_shape(codes))
+        return self.editor.lookup(codes, table, like, before=self.attention.mix)
+
+    def _cut(self, value: ir.Value, axis: int, start: int, end: int) -> ir.Value:
+        """A slice along one axis; the value itself where that is all of it."""
+        shape = list(static_shape(value) or ())
+        if shape and (start, end) == (0, shape[axis]):
+            return value
+        cut = self.editor.part(value, axis, start, end, before=self.attention.mix)
+        if shape:
+            shape[axis] = end - start
+            cut.shape = ir.Shape(shape)
+        return cut
 
 
-def _mask(editor: IntegerEditor, attention: _Attention) -> ir.Value:
-    """The mask in LSB of the scores, int32; 0 where there is none."""
-    node, mask = attention.mix, attention.mask
-    if mask is None:
-        return editor.number(np.array(0, np.int32))
-    table = np.array(_mask_numbers(attention), np.int32)
-    like = _like(mask.codes, "in_scores", ir.DataType.INT32, static_shape(mask.codes))
-    codes, held = mask.codes, constant_array(mask.codes) if mask.constant else None
-    if held is not None:
-        used, places = np.unique(held.astype(np.int64), return_inverse=True)
-        if len(used) <= _MOST_CODES:  # a smaller table, and bytes that all layers share
-            codes = editor.number(places.reshape(held.shape).astype(np.uint8))
-            table = np.pad(table[used], (0, _MOST_CODES - len(used)))
-    return editor.lookup(codes, table, like, before=node)
+def _moved(editor: IntegerEditor, node: ir.Node, codes: ir.Value, before: ir.Node) -> ir.Value:
+    """A layout operator, on codes."""
+    others = [codes if item is node.inputs[0] else item for item in node.inputs]
+    moved = ir.Node("", node.op_type, others, node.attributes.values(), num_outputs=1)
+    moved.name = editor.free_name(f"{name_of(codes)}_{node.op_type}")
+    value = moved.outputs[0]
+    value.name = editor.free_name(f"{name_of(node.outputs[0])}_codes")
+    value.type, value.shape = codes.type, node.outputs[0].shape
+    editor.graph.insert_before(before, moved)
+    return value
 
 
 def _signed(editor: IntegerEditor, operand: CodedInput, node: ir.Node) -> tuple[ir.Value, int]:
@@ -354,14 +233,16 @@ def _with_ones(editor: IntegerEditor, values: ir.Value, node: ir.Node) -> ir.Val
     shape = static_shape(values) or ()
     ones = editor.number(np.ones((*shape[:-1], 1), np.int8))
     like = _like(values, "and_ones", ir.DataType.INT8, (*shape[:-1], shape[-1] + 1))
-    return editor.joined([values, ones], like, before=node)
+    return editor.joined([values, ones], like, axis=-1, before=node)
 
 
 def _like(
-    value: ir.Value, suffix: str, kind: ir.DataType, shape: tuple[int, ...] | None
+    value: ir.Value, suffix: str, kind: ir.DataType | None, shape: tuple[int, ...] | None
 ) -> ir.Value:
     """What a new tensor is to be like."""
     name = f"{name_of(value)}_{suffix}" if suffix else name_of(value)
     return ir.Value(
-        name=name, type=ir.TensorType(kind), shape=ir.Shape(shape) if shape is not None else None
+        name=name,
+        type=ir.TensorType(kind or ir.DataType.UNDEFINED),
+        shape=ir.Shape(shape) if shape is not None else None,
     )

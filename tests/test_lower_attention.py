@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qnpu.compiler import quantized_attention
 from qnpu.passes.lower_attention import LowerAttention
 from tests.conftest import Array, apply, parse, run_model
 from tests.integer_nodes import S8, U8, U16, codes
@@ -129,6 +130,33 @@ def test_forms(form: str, queries: str, keys: str, result: str) -> None:
     expected = np.clip(real / np.float32(step) + zero, 0, KINDS[result].q_max)
     assert np.abs(found - expected).max() < (0.52 if result == "uint8" else 2.5)
     assert len(np.unique(found)) > 100
+
+
+def test_keys_that_a_mask_hides_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 queries at a time, which see 16, 32 and 40 keys."""
+    monkeypatch.setattr(quantized_attention, "_BLOCK", 16)
+    model = attention(FORMS["scaled, masked"])
+    feeds = given("uint16")
+    assert apply(LowerAttention(), model) == 1
+    shapes = [
+        tuple(n.outputs[0].shape or ())[-2:] for n in model.graph if n.op_type == "IntExponentials"
+    ]
+    assert shapes == [(16, 16), (16, 32), (8, 40)]
+    found = run_model(model, feeds)[0].astype(float)
+    real = exact(feeds, "scaled, masked", np.where(CAUSAL, MASKED, UNMASKED))
+    assert np.abs(found - np.clip(real / np.float32(0.02) + 100, 0, 255)).max() < 0.52
+
+
+def test_keys_are_kept_where_all_or_most_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_attention, "_BLOCK", 16)
+    for body, constant in ((FORMS["alone"], True), (FORMS["scaled, masked"], False)):
+        model = attention(body, constant=constant)
+        assert apply(LowerAttention(), model) == 1
+        assert [n.op_type for n in model.graph].count("IntExponentials") == 1
+    monkeypatch.setattr(quantized_attention, "_BLOCK", 32)  # of 40: 91 % of all are seen
+    model = attention(FORMS["scaled, masked"])
+    assert apply(LowerAttention(), model) == 1
+    assert [n.op_type for n in model.graph].count("IntExponentials") == 1
 
 
 def test_a_mask_that_comes_in() -> None:
