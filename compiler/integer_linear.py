@@ -276,7 +276,7 @@ class _Linear:
             and taken in (ir.DataType.UINT8, ir.DataType.INT8)
             and self.weight.bias is None
             and len(self.pieces) == 1
-            and exact_in_float(self.ratios, self.bounds, self.given)
+            and all(exact_in_float(self.ratios, self.bounds, self.given))
         )
 
     def short_point(self) -> ShortPoint | None:

@@ -144,8 +144,10 @@ def linear_terms(
     return (Term(ratios, low, high),)
 
 
-def exact_in_float(ratios: Sequence[Fraction], bounds: Sequence[int], result: Encoding) -> bool:
-    """True where float32 makes the exact codes of float(a)·M, for every a within its bound.
+def exact_in_float(
+    ratios: Sequence[Fraction], bounds: Sequence[int], result: Encoding
+) -> list[bool]:
+    """For each channel, whether float32 makes the exact codes of float(a)·M.
 
     Below 2^24 the product is exact. It never falls as a grows: beyond the first a of which the
     result is clipped, and up to which it is exact, all is clipped.
@@ -155,12 +157,13 @@ def exact_in_float(ratios: Sequence[Fraction], bounds: Sequence[int], result: En
         bounds: greatest |a|, as many or one alone.
         result: encoding of the result.
     """
-    limit = result.reach + 1
-    for index, ratio in enumerate(ratios):
-        k = ratio.denominator.bit_length() - 1
-        if ratio.denominator != 1 << k or k > _FLOAT_SHIFT or ratio <= 0:
-            return False
-        last = min(_at(bounds, index), -(-limit // ratio))
-        if max(last, last * ratio.numerator, ratio.numerator) > _FLOAT_WHOLE:
-            return False
-    return True
+    count = max(len(ratios), len(bounds))
+    return [_is_exact(_at(ratios, c), _at(bounds, c), result.reach + 1) for c in range(count)]
+
+
+def _is_exact(ratio: Fraction, bound: int, limit: int) -> bool:
+    k = ratio.denominator.bit_length() - 1
+    if ratio.denominator != 1 << k or k > _FLOAT_SHIFT or ratio <= 0:
+        return False
+    last = min(bound, -(-limit // ratio))
+    return max(last, last * ratio.numerator, ratio.numerator) <= _FLOAT_WHOLE

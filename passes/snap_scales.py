@@ -32,7 +32,8 @@ _OPERAND_BITS = 4  # of what is added to it
 _FACTOR_BITS = 5  # of the input of a linear that makes such an operand
 _INPUT_BITS = 10  # of other linears' inputs: room for t and for n in 24 bits
 _RESULT_BITS = {8: 5, 16: 4}  # t of a result, by its own bits
-_WEIGHT_BITS = (5, 4, 3)  # n of a weight's channel: the most with which sums fit
+_WEIGHT_BITS = (5, 4, 3, 2, 1)  # n of a weight's channel: the most that can be
+_INTEGER_CHOICES = 3  # of these: where all channels are to have less, 64 bits are better
 _MOST_BITS = 24  # of a float32
 _NO_BITS = 64
 
@@ -52,6 +53,7 @@ class SnapScales(Pass):
     stream, s_y = t·2^b and s_x = X·2^a, 16 ≤ X < 32, and M_c = X·n_c·2^-k_c. Scales of the residual
     stream are powers of two, so that either operand of its Adds is shifted, times t. n has fewer
     bits where sums would leave 32 bits else; where three are too many the weight is left alone.
+    Where y has 8 bits a channel has fewer where float32 would round else: one whose ratio is small.
 
     Scales only ever grow, and zero points stay, so nothing is clipped that was not before. A step
     grows by 6 % at the most, 3 % on average (a weight that few bits are left for: 12, 6; the
@@ -192,28 +194,73 @@ def _snap_weight(linear: Linear, groups: _Groups, table: EncodingTable) -> int:
     factor, old = weight_factor(taken, given), table[name]
     if factor.bit_length() + max(_WEIGHT_BITS) > _MOST_BITS:
         return 0
-    for bits in _WEIGHT_BITS:
-        new = with_larger_scale(old, few_bits_above(old.scale, bits, factor))
-        if _fits(linear, array, taken, new, given):
-            table[name] = new
-            return int(not new.same_as(old))
-    return 0
+    snapping = _Weight(linear, array, taken, old, given)
+    new = snapping.for_float(factor) or snapping.for_integers(factor)
+    if new is None or new.same_as(old):
+        return 0
+    table[name] = new
+    return 1
 
 
-def _fits(
-    linear: Linear, array: np.ndarray, taken: Encoding, weight: Encoding, given: Encoding
-) -> bool:
-    """True where sums of a linear stay within 32 bits, or float32 is exact."""
-    codes = np.moveaxis(widened(weight.quantize(array)), linear.channel_axis, 1)
-    ratios = exact_ratios([taken.scale, weight.scale], given.scale)
-    cross = -int(taken.zero_point) * codes.sum(axis=0, dtype=np.int64)
-    bias = constant_array(linear.bias)
-    if bias is not None:
-        steps = taken.scale.astype(np.float64) * weight.scale
-        cross = cross + np.rint(bias.astype(np.float64) / steps).astype(np.int64)
-    addends = [int(a) * ratios[c % len(ratios)] for c, a in enumerate(cross)]
-    terms = linear_terms(taken.spec, codes, ratios)
-    if short_point(terms, addends, int(given.zero_point), given.spec) is not None:
-        return True
-    bounds = (np.abs(codes).sum(axis=0, dtype=np.int64) * taken.reach).tolist()
-    return given.spec.bits == 8 and bias is None and exact_in_float(ratios, bounds, given)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weight:
+    """A weight whose scales are chosen.
+
+    Attributes:
+        linear: that it belongs to.
+        array: its real values.
+        taken: encoding of x.
+        old: its own.
+        given: encoding of y.
+    """
+
+    linear: Linear
+    array: np.ndarray
+    taken: Encoding
+    old: Encoding
+    given: Encoding
+
+    def for_float(self, factor: int) -> Encoding | None:
+        """Scales with which float32 is exact; None where there are none, or it is not used.
+
+        Each channel gets as many bits as that allows. Few are enough for a channel of small ratio:
+        its weights are small against a step of y.
+        """
+        if self.given.spec.bits != 8 or self.taken.spec.bits > 8 or self.linear.bias is not None:
+            return None
+        scales = few_bits_above(self.old.scale, _WEIGHT_BITS[0], factor)
+        for bits in (*_WEIGHT_BITS[1:], None):
+            new = with_larger_scale(self.old, scales)
+            bounds = np.abs(self._codes(new)).sum(axis=0, dtype=np.int64) * self.taken.reach
+            ratios = exact_ratios([self.taken.scale, new.scale], self.given.scale)
+            exact = np.array(exact_in_float(ratios, bounds.tolist(), self.given))
+            if exact.all():
+                return new
+            if bits is not None:
+                fewer = few_bits_above(self.old.scale, bits, factor)
+                scales = np.where(exact if scales.size > 1 else exact.all(), scales, fewer)
+        return None
+
+    def for_integers(self, factor: int) -> Encoding | None:
+        """Scales with which sums fit 32 bits, of as many bits as that allows."""
+        for bits in _WEIGHT_BITS[:_INTEGER_CHOICES]:
+            new = with_larger_scale(self.old, few_bits_above(self.old.scale, bits, factor))
+            if self._fits(new):
+                return new
+        return None
+
+    def _codes(self, weight: Encoding) -> np.ndarray:
+        """Shape (features, channels)."""
+        return np.moveaxis(widened(weight.quantize(self.array)), self.linear.channel_axis, 1)
+
+    def _fits(self, weight: Encoding) -> bool:
+        codes = self._codes(weight)
+        ratios = exact_ratios([self.taken.scale, weight.scale], self.given.scale)
+        cross = -int(self.taken.zero_point) * codes.sum(axis=0, dtype=np.int64)
+        bias = constant_array(self.linear.bias)
+        if bias is not None:
+            steps = self.taken.scale.astype(np.float64) * weight.scale
+            cross = cross + np.rint(bias.astype(np.float64) / steps).astype(np.int64)
+        addends = [int(a) * ratios[c % len(ratios)] for c, a in enumerate(cross)]
+        terms = linear_terms(self.taken.spec, codes, ratios)
+        return short_point(terms, addends, int(self.given.zero_point), self.given.spec) is not None
