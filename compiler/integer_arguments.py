@@ -21,7 +21,7 @@ from qnpu.compiler.integer_math import (
     round_half_up,
     stored_bits,
 )
-from qnpu.compiler.integer_short import ShortPoint
+from qnpu.compiler.integer_short import ShortPoint, SplitPoint
 from qnpu.compiler.quant_types import QuantSpec
 
 Arguments = dict[str, NDArray[Any]]
@@ -78,6 +78,27 @@ def short_arguments(point: ShortPoint, zero_point: int, spec: QuantSpec) -> Argu
         **{name: _word(m) for name, m in zip(names, point.multipliers, strict=True)},
         "offset": _word(start),
         "shift": _word(point.shift),
+        "low": _word(point.lift + spec.q_min),
+        "high": _word(point.lift + spec.q_max),
+    }
+
+
+def sum_bytes_arguments(point: SplitPoint, zero_point: int, spec: QuantSpec) -> Arguments:
+    """Of IntSumBytesShort.
+
+    Args:
+        point: the ratios.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    shift, start = point.shift - 8, _whole(point.start)
+    lifted = (zero_point + point.lift) << shift
+    return {
+        "multiplier": _word(point.multiplier),
+        "fine_offset": _word(start % 256 + (point.fine_lift << 8)),
+        "eight": _word(8),
+        "offset": _word(start // 256 + lifted - point.fine_lift),
+        "shift": _word(shift),
         "low": _word(point.lift + spec.q_min),
         "high": _word(point.lift + spec.q_max),
     }
@@ -227,10 +248,12 @@ def normalize_arguments(
     """
     limits = _limits(numbers.shift, spec)
     start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
-    return {
-        "radix": np.array(256, np.int64),
-        "numerator": np.array(numbers.numerator, np.int64),
-        "offset": np.array(start - value_zero * numbers.numerator, np.int64),
+    offset = start - value_zero * numbers.numerator
+    fine = numbers.bytes > 2
+    found = {
+        "wide_radix": np.array(256, np.int64),
+        "numerator": np.array(numbers.numerator * (1 if fine else 256), np.int64),
+        "offset": np.array(offset, np.int64) if fine else _unsigned(offset),
         "shift": limits["shift"],
         "least": limits["low"],
         "most": limits["high"],
@@ -238,6 +261,7 @@ def normalize_arguments(
         "last": np.array([-1], np.int64),
         "far": np.array([np.iinfo(np.int64).max], np.int64),
     }
+    return found if fine else found | {"radix": np.array(256, np.int32)}
 
 
 def signed_arguments() -> Arguments:
@@ -271,6 +295,31 @@ def norm_arguments(
         "gain": numbers.gain,
         "offset": _unsigned(_whole(numbers.bias) + start),
         **_limits(numbers.shift, spec),
+    }
+
+
+def short_norm_arguments(
+    numbers: NormNumbers, axes: int, zero: int, zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntRMSNormShort.
+
+    Args:
+        numbers: of a norm whose gains are 1.
+        axes: how many, counted from the last.
+        zero: zero point of what comes in.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    found = norm_arguments(numbers, axes, zero_point, spec)
+    del found["gain"]
+    lifted = (1 << 31) >> numbers.shift
+    start = (1 << 31) + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
+    return found | {
+        "zero": np.array(zero, np.int32),
+        "offset": np.array(start, np.uint32),
+        "shift": np.array(numbers.shift, np.uint32),
+        "low": np.array(lifted + spec.q_min, np.uint32),
+        "high": np.array(lifted + spec.q_max, np.uint32),
     }
 
 

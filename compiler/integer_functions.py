@@ -57,6 +57,18 @@ def IntRequantizeShort(x, multiplier, offset, shift, low, high, to: int):
 
 
 @script(QNPU, default_opset=op)
+def IntSumBytesShort(a, b, multiplier, fine_offset, eight, offset, shift, low, high, to: int):
+    """y = clip((a·multiplier + ((b·multiplier + fine_offset) >> 8) + offset) >> shift, low, high).
+
+    Modulo 2^32; of sums of the two bytes of codes.
+    """
+    fine = op.Cast(b, to=_UINT32) * multiplier + fine_offset
+    sums = op.Cast(a, to=_UINT32) * multiplier + offset
+    total = sums + op.BitShift(fine, eight, direction="RIGHT")
+    return op.Cast(op.Clip(op.BitShift(total, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntAddShort(a, b, multiplier_a, multiplier_b, offset, shift, low, high, to: int):
     """As IntAdd, modulo 2^32."""
     first = op.Cast(a, to=_UINT32) * multiplier_a
@@ -190,31 +202,35 @@ def IntExponentialsFine(
 
 
 @script(QNPU, default_opset=op)
-def IntShare(sums, numerator, offset, shift, least, most, first, last, far, to: int):
-    """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift); Σe is n's last column, which y has not."""
-    share = numerator / op.Slice(sums, last, far, last)
-    lifted = op.Cast(sums * share + offset, to=_UINT64)
-    codes = op.Cast(op.Clip(op.BitShift(lifted, shift, direction="RIGHT"), least, most), to=to)
+def IntNormalize(
+    high, low, radix, wide_radix, numerator, offset, shift, least, most, first, last, far, to: int
+):
+    """y = clip((n·⌊radix·numerator / Σe⌋ + offset) >> shift), n = high + low / radix.
+
+    Σe is the last column of radix·high + low; y has none for it.
+    """
+    above = op.Cast(op.Slice(high, last, far, last), to=_INT64) * wide_radix
+    total = above + op.Cast(op.Slice(low, last, far, last), to=_INT64)
+    share = op.Cast(numerator / total, to=_UINT64)
+    sums = op.Cast(high + low / radix, to=_UINT64) * share + offset
+    codes = op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), least, most), to=to)
     return op.Slice(codes, first, last, last)
 
 
 @script(QNPU, default_opset=op)
-def IntNormalize(
-    high, low, radix, numerator, offset, shift, least, most, first, last, far, to: int
-):
-    """IntShare of n = radix·high + low."""
-    sums = op.Cast(high, to=_INT64) * radix + op.Cast(low, to=_INT64)
-    return QNPU.IntShare(sums, numerator, offset, shift, least, most, first, last, far, to=to)
-
-
-@script(QNPU, default_opset=op)
 def IntNormalizeFine(
-    high, middle, low, radix, numerator, offset, shift, least, most, first, last, far, to: int
+    high, middle, low, wide_radix, numerator, offset, shift, least, most, first, last, far, to: int
 ):
-    """IntShare of n = radix·(radix·high + middle) + low."""
-    above = op.Cast(high, to=_INT64) * radix + op.Cast(middle, to=_INT64)
-    sums = above * radix + op.Cast(low, to=_INT64)
-    return QNPU.IntShare(sums, numerator, offset, shift, least, most, first, last, far, to=to)
+    """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift), n = radix·(radix·high + middle) + low.
+
+    Σe is the last column of n; y has none for it.
+    """
+    above = op.Cast(high, to=_INT64) * wide_radix + op.Cast(middle, to=_INT64)
+    sums = above * wide_radix + op.Cast(low, to=_INT64)
+    share = numerator / op.Slice(sums, last, far, last)
+    lifted = op.Cast(sums * share + offset, to=_UINT64)
+    codes = op.Cast(op.Clip(op.BitShift(lifted, shift, direction="RIGHT"), least, most), to=to)
+    return op.Slice(codes, first, last, last)
 
 
 @script(QNPU, default_opset=op)
@@ -276,6 +292,33 @@ def IntRMSNorm(
 
 
 @script(QNPU, default_opset=op)
+def IntRMSNormShort(
+    x,
+    zero,
+    axes,
+    epsilon,
+    prescale,
+    powers,
+    starts,
+    last,
+    two,
+    numerator,
+    offset,
+    shift,
+    low,
+    high,
+    to: int,
+):
+    """As IntRMSNorm with gains of 1; the last product in 32 bits."""
+    centred = op.Cast(x, to=_INT32) - zero
+    wide = op.Cast(centred, to=_INT64)
+    energy = op.ReduceSum(wide * wide, axes, keepdims=1) * prescale + epsilon
+    share = op.Cast(numerator / QNPU.IntSqrt(energy, powers, starts, last, two), to=_INT32)
+    sums = op.Cast(centred * share, to=_UINT32) + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntLayerNorm(
     x,
     finer,
@@ -310,6 +353,7 @@ _BODIES = (
     IntRequantizeFine,
     IntRequantizeShort,
     IntAddShort,
+    IntSumBytesShort,
     IntAdd,
     IntAddFine,
     IntMul,
@@ -322,21 +366,20 @@ _BODIES = (
     IntDistances,
     IntExponentials,
     IntExponentialsFine,
-    IntShare,
     IntNormalize,
     IntNormalizeFine,
     IntWhere,
     IntSoftmax,
     IntSqrt,
     IntRMSNorm,
+    IntRMSNormShort,
     IntLayerNorm,
 )
 NEEDS = {
     "IntExponentials": ("IntDistances",),
     "IntExponentialsFine": ("IntDistances",),
-    "IntNormalize": ("IntShare",),
-    "IntNormalizeFine": ("IntShare",),
     "IntRMSNorm": ("IntSqrt",),
+    "IntRMSNormShort": ("IntSqrt",),
     "IntLayerNorm": ("IntSqrt",),
 }
 """Function → functions its body calls."""

@@ -20,10 +20,11 @@ from qnpu.compiler.integer_arguments import (
     requantize_arguments,
     short_arguments,
     split_arguments,
+    sum_bytes_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import FixedPoint, exact_ratios, fixed_point
-from qnpu.compiler.integer_short import ShortPoint, exact_in_float, linear_terms, short_point
+from qnpu.compiler.integer_short import BYTE, exact_in_float, linear_terms, short_point, split_point
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.quant_types import Encoding, widened
 from qnpu.compiler.quantized_results import (
@@ -279,14 +280,21 @@ class _Linear:
             and all(exact_in_float(self.ratios, self.bounds, self.given))
         )
 
-    def short_point(self) -> ShortPoint | None:
-        """All of M in 32 bits, where that is exact."""
-        if self.one.encoding.spec.bits > 8 or len(self.pieces) > 1:
+    def short_form(self) -> tuple[str, Arguments] | None:
+        """Function of one sum, or of those of both bytes, that is exact in 32 bits; arguments."""
+        if len(self.pieces) > 1:
             return None
-        ratios = self.ratios
-        terms = linear_terms(self.one.encoding.spec, self.weight.codes, ratios)
+        ratios, zero, spec = self.ratios, int(self.given.zero_point), self.given.spec
         addends = [a * ratios[c % len(ratios)] for c, a in enumerate(self.added)]
-        return short_point(terms, addends, int(self.given.zero_point), self.given.spec)
+        wide = self.one.encoding.spec.bits > 8
+        terms = linear_terms(BYTE if wide else self.one.encoding.spec, self.weight.codes, ratios)
+        if wide:
+            split = split_point(terms[0], addends, zero, spec)
+            arguments = None if split is None else sum_bytes_arguments(split, zero, spec)
+            return None if arguments is None else ("IntSumBytesShort", arguments)
+        short = short_point(terms, addends, zero, spec)
+        arguments = None if short is None else short_arguments(short, zero, spec)
+        return None if arguments is None else ("IntRequantizeShort", arguments)
 
 
 def _quantized_product(
@@ -317,10 +325,10 @@ def _channels(
     """All channels of a linear, or some: sums, then codes."""
     pieces = linear.pieces
     products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
-    short = linear.short_point()
+    short = linear.short_form()
     if short is not None:
-        arguments = short_arguments(short, result.zero_point, result.encoding.spec)
-        return editor.call("IntRequantizeShort", products, arguments, result.codes, before=node)
+        function, arguments = short
+        return editor.call(function, products, arguments, result.codes, before=node)
     bounds = [b + abs(int(a)) for b, a in zip(linear.bounds, linear.bias, strict=True)]
     fixed = fixed_point(linear.ratios, bounds, result.encoding)
     totals = np.abs(linear.weight.codes.astype(np.int64)).sum(axis=0)

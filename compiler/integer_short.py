@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from qnpu.compiler.integer_math import stored_bits
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 
+BYTE = QuantSpec(8, signed=False, symmetric=False)
+"""Of either half of 16-bit codes."""
 _WORD = 1 << 32
 _FLOAT_WHOLE = 1 << 24  # up to here float32 holds every whole number
 _FLOAT_SHIFT = 120  # m·2^-shift is a normal float32
@@ -105,8 +107,7 @@ def _lifted(
         fixed = start + zero_point * unit
         least = min(least, sum(map(min, ends)) + fixed)
         most = max(most, sum(map(max, ends)) + fixed)
-    size = 1 << stored_bits(spec)
-    lift = -(-max(-spec.q_min, -(least // unit)) // size) * size
+    lift = _whole_lift(least, unit, spec)
     if max(most, spec.q_max * unit) + lift * unit >= _WORD:
         return None
     return ShortPoint(
@@ -127,13 +128,76 @@ def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
     return np.array(numbers[0] if same else numbers, np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SplitPoint:
+    """Ratios of scales for sums that come as two, 256·a + b, without error.
+
+    The shift comes in two steps, of which the first rounds nothing that the second would not::
+
+        ((256·a + b)·m + start) >> k = (a·m + ((b·m + start) >> 8)) >> (k - 8)
+
+    Attributes:
+        multiplier: m, int64, shape () or (channels,).
+        shift: k, 9 at least.
+        start: ⌊f · 2^k⌋ + 2^(k-1), int64, shape () or (channels,).
+        fine_lift: added to the first step's results, so that no sum there is negative.
+        lift: as in ``ShortPoint``.
+    """
+
+    multiplier: NDArray[np.int64]
+    shift: int
+    start: NDArray[np.int64]
+    fine_lift: int
+    lift: int
+
+
+def split_point(
+    sums: Term, addends: Sequence[Fraction], zero_point: int, spec: QuantSpec
+) -> SplitPoint | None:
+    """Integers for ratios; None as of ``short_point``.
+
+    Args:
+        sums: a and b; both have the same ends.
+        addends: f, LSB of the result, one per channel, or one alone.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    behind = [_bits_behind(ratio) for ratio in sums.ratios]
+    if min(behind) < 0:
+        return None
+    shift = max(9, *behind)
+    unit, coarse = 1 << shift, 1 << (shift - 8)
+    count = max(len(addends), len(sums.ratios), len(sums.low))
+    factors = [int(_at(sums.ratios, c) * unit) for c in range(count)]
+    starts = [floor(_at(addends, c) * unit) + unit // 2 for c in range(count)]
+    ends = [(m * _at(sums.low, c), m * _at(sums.high, c)) for c, m in enumerate(factors)]
+    fine_lift = -(min(min(pair) for pair in ends) // 256)
+    if max(max(pair) for pair in ends) + 255 + 256 * fine_lift >= _WORD:
+        return None
+    least, most = 0, 0
+    for pair, start in zip(ends, starts, strict=True):
+        fixed = zero_point * coarse
+        least = min(least, min(pair) + ((min(pair) + start) >> 8) + fixed)
+        most = max(most, max(pair) + ((max(pair) + start) >> 8) + fixed)
+    lift = _whole_lift(least, coarse, spec)
+    if max(most, spec.q_max * coarse) + lift * coarse >= _WORD:
+        return None
+    return SplitPoint(_array(factors), shift, _array(starts), fine_lift, lift)
+
+
+def _whole_lift(least: int, unit: int, spec: QuantSpec) -> int:
+    """What keeps sums from ``least`` up, at 1/unit LSB, from being negative; vanishes in a cast."""
+    size = 1 << stored_bits(spec)
+    return -(-max(-spec.q_min, -(least // unit)) // size) * size
+
+
 def linear_terms(
     taken: QuantSpec, codes: NDArray[Any], ratios: Sequence[Fraction]
 ) -> tuple[Term, ...]:
     """The sums that a linear can make of any codes.
 
     Args:
-        taken: spec of x.
+        taken: spec of x; of its bytes where it has 16 bits.
         codes: of the weight, shape (features, channels).
         ratios: M, one per channel, or one alone.
     """

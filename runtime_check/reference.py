@@ -18,7 +18,7 @@ from qnpu.compiler.integer_math import (
     NormNumbers,
     SoftmaxNumbers,
 )
-from qnpu.compiler.integer_short import ShortPoint
+from qnpu.compiler.integer_short import ShortPoint, SplitPoint
 from qnpu.compiler.quant_types import QuantSpec
 
 Codes = NDArray[Any]
@@ -50,6 +50,14 @@ def requantize_short(
 ) -> Codes:
     """y = clamp(⌊Σ a_i·M_i + f + 1/2⌋ + z), M and f as ``ShortPoint`` says."""
     sums = _weighted([item.astype(np.int64) for item in operands], point.multipliers)
+    return _codes((sums + point.start) >> point.shift, zero_point, spec)
+
+
+def sum_bytes_short(
+    high: Codes, low: Codes, point: SplitPoint, zero_point: int, spec: QuantSpec
+) -> Codes:
+    """y = clamp(⌊(256·a + b)·M + f + 1/2⌋ + z), M and f as ``SplitPoint`` says."""
+    sums = (256 * high.astype(np.int64) + low) * point.multiplier
     return _codes((sums + point.start) >> point.shift, zero_point, spec)
 
 
@@ -140,6 +148,8 @@ def attention(
 ) -> Codes:
     """y = clamp(⌊(Σ_j e_j·v_j·⌊numerator / Σe⌋ - z_v·numerator) / 2^shift + 1/2⌋ + z).
 
+    Of two bytes, Σ_j e_j·v_j is taken in steps of 256: that of high bytes, and what low ones give.
+
     Args:
         weights: e, shape (…, S, T).
         values: codes, shape (…, T, D).
@@ -148,8 +158,14 @@ def attention(
         zero_point: z of the result.
         spec: of the result.
     """
-    share = numbers.numerator // weights.sum(axis=-1, keepdims=True)
-    sums = weights @ values.astype(np.int64) * share - value_zero * numbers.numerator
+    wide, total = values.astype(np.int64), weights.sum(axis=-1, keepdims=True)
+    if numbers.bytes > 2:
+        sums = weights @ wide * (numbers.numerator // total)
+    else:
+        low = (weights & 255) @ wide
+        mixed = (weights >> 8) @ wide + np.sign(low) * (np.abs(low) // 256)
+        sums = mixed * (256 * numbers.numerator // total)
+    sums = sums - value_zero * numbers.numerator
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
 
 

@@ -22,6 +22,7 @@ from qnpu.compiler.integer_arguments import (
     short_arguments,
     signed_arguments,
     softmax_arguments,
+    sum_bytes_arguments,
 )
 from qnpu.compiler.integer_math import (
     NormShape,
@@ -32,7 +33,7 @@ from qnpu.compiler.integer_math import (
     round_half_up,
     softmax_numbers,
 )
-from qnpu.compiler.integer_short import Term, short_point
+from qnpu.compiler.integer_short import Term, short_point, split_point
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.runtime_check import reference
 from tests.conftest import normal
@@ -97,6 +98,31 @@ def test_requantize_short(spec: QuantSpec, channels: int) -> None:
             round_half_up(int(a) * ratios[channel] + addends[channel]) + zero
             for a in numbers[:, channel]
         ]
+        np.testing.assert_array_equal(found[:, channel], np.clip(exact, spec.q_min, spec.q_max))
+
+
+@each_spec
+@pytest.mark.parametrize("channels", [1, 40])
+def test_sum_bytes_short(spec: QuantSpec, channels: int) -> None:
+    bound = 1 << 22
+    sums = np.random.default_rng(1).integers(-bound, bound, (2, 64, 40)).astype(np.int32)
+    sums[:, 0, :2] = -bound, bound
+    sums[0, 1, :2], sums[1, 1, :2] = (-bound, bound), (bound, -bound)
+    step = 33 - spec.bits
+    ratios = [Fraction(9 + c % 23, 1 << (step + c % 2)) for c in range(channels)]
+    addends = [Fraction(c * 7919 % 100 - 50, 3) for c in range(channels)]
+    zero = (spec.q_min + spec.q_max) // 3
+    point = split_point(Term(ratios, [-bound], [bound]), addends, zero, spec)
+    assert point is not None
+    arguments = sum_bytes_arguments(point, zero, spec)
+    found = call("IntSumBytesShort", list(sums), arguments, spec.dtype)[0]
+    expected = reference.sum_bytes_short(sums[0], sums[1], point, zero, spec)
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 100
+    whole = 256 * sums[0].astype(object) + sums[1]
+    for channel in range(channels):
+        ratio, addend = ratios[channel], addends[channel]
+        exact = [round_half_up(a * ratio + addend) + zero for a in whole[:, channel]]
         np.testing.assert_array_equal(found[:, channel], np.clip(exact, spec.q_min, spec.q_max))
 
 

@@ -181,6 +181,23 @@ def test_bytes_with_a_bias_are_requantized_in_32_bits() -> None:
 
 
 @pytest.mark.parametrize("given", ["uint8", "uint16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_of_both_bytes_on_the_grid(given: str, bias: bool) -> None:
+    scales = [(8 + c) * 2.0 ** -(9 + c % 3) for c in range(24)]
+    model, numbers = on_grid(
+        "uint16", given, "int8", scales, 2.0 if given == "uint16" else 512.0, bias
+    )
+    a = extremes("uint16", numbers)
+    found = folded(model, a=a)
+    assert operators(model)[-3:] == ["MatMulInteger", "MatMulInteger", "IntSumBytesShort"]
+    for channel, scale_of in enumerate(scales):
+        sums = whole(a, 100) @ numbers[:, channel].astype(object)
+        sums = sums + (700 * channel - 999 if bias else 0)
+        ratio = Fraction(scale_of) / (2 if given == "uint16" else 512)
+        np.testing.assert_array_equal(found[:, channel], rounded(sums, ratio, 90, KINDS[given]))
+
+
+@pytest.mark.parametrize("given", ["uint8", "uint16"])
 def test_off_the_grid_neither_is_used(given: str) -> None:
     scales = [float(np.float32(1.1 ** (c - 30))) for c in range(6)]
     model, _ = on_grid("uint8", given, "int8", scales, 3.0)

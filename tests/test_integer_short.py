@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnpu.compiler.integer_math import round_half_up
-from qnpu.compiler.integer_short import Term, exact_in_float, linear_terms, short_point
+from qnpu.compiler.integer_short import Term, exact_in_float, linear_terms, short_point, split_point
 from tests.integer_nodes import S8, SPECS, U8, U16, result
 
 
@@ -68,6 +68,20 @@ def test_one_shift_for_all_channels() -> None:
     assert point is not None
     assert point.shift == 8
     np.testing.assert_array_equal(point.multipliers[0], [64, 17])
+
+
+def test_sums_of_two_bytes() -> None:
+    sums = Term([Fraction(5, 1 << 10), Fraction(3, 4)], [-300, -7], [500, 9])
+    point = split_point(sums, [Fraction(-1, 3), Fraction(8)], 100, U16)
+    assert point is not None
+    assert point.shift == 10
+    np.testing.assert_array_equal(point.multiplier, [5, 768])
+    np.testing.assert_array_equal(point.start, [512 - 342, 512 + 8192])
+    assert 256 * point.fine_lift >= 5376  # 7 · 768
+    assert split_point(Term([Fraction(1, 3)], [0], [1]), [Fraction(0)], 0, U16) is None
+    for far in (1 << 28, 1 << 24):  # of which the sum of low bytes, or the whole, is too large
+        many = Term([Fraction(255, 1 << 12)], [-far], [far])
+        assert split_point(many, [Fraction(0)], 0, U16) is None
 
 
 def test_what_has_no_short_form() -> None:
