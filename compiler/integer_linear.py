@@ -35,7 +35,8 @@ from qnpu.compiler.quantized_results import (
 )
 
 _INT32_MAX = 2**31 - 1
-_BLOCK = 2**21  # numbers that elementwise operators get at a time: as int64 they stay in a cache
+_BLOCK = 2**21  # results that are made at once; larger ones would go through main memory
+_PART = 2**18  # of those, what elementwise operators get at a time: it stays in a core's own cache
 
 
 def fold_matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Value | None:
@@ -212,9 +213,9 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         return _quantized_product(editor, node, linear, operand, result)
     parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
     shape = static_shape(node.outputs[0])
-    count = -(-prod(shape) // _BLOCK) if shape else 1
-    if count == 1 or shape is None:
+    if shape is None or prod(shape) <= _BLOCK:
         return _channels(editor, node, linear, operand, parts, result)
+    count = min(-(-prod(shape) // _PART), shape[-1])
     edges = np.linspace(0, weight.codes.shape[1], count + 1).astype(int).tolist()
     made = []
     for start, end in itertools.pairwise(edges):

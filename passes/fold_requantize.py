@@ -58,8 +58,8 @@ class FoldRequantize(Pass):
     constant per channel. Sums of each byte stay below 2^31, which the weights prove; where they
     do not, features are cut into pieces whose sums meet in 64 bits, as those of the two bytes do.
     4-bit codes stay packed: a Cast unpacks them as the file is loaded. Where a result is large
-    (logits), its channels are computed in several parts, because numbers of 64 bits would else go
-    through main memory a dozen times.
+    (logits), its channels are computed in several parts, because sums would else go through
+    main memory half a dozen times.
 
     Where ratios of scales are small whole numbers times 2^-k (snap-scales), 32 bits are enough, and
     so is the float32 that QLinearMatMul requantizes with: both are proved exact for each linear by

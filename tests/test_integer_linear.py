@@ -86,7 +86,8 @@ def test_large_results_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     model, _, _ = linear("uint16", "int8", gemm=True)
     a = codes(U16, 5, 30)
     expected = folded(whole_model, a=a)
-    monkeypatch.setattr("qnpu.compiler.integer_linear._BLOCK", 12)  # 30 results: three parts
+    monkeypatch.setattr("qnpu.compiler.integer_linear._BLOCK", 29)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._PART", 12)  # 30 results: three parts
     found = folded(model, a=a)
     assert operators(model)[-1] == "Concat"
     assert operators(model).count("MatMulInteger") == 6
