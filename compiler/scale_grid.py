@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnpu.compiler.quant_types import Encoding
 
-_FLOAT32_BITS = 24
+WEIGHT_BITS = 5
+"""Of n in a weight's scales, where nothing asks for fewer."""
+FLOAT32_BITS = 24
 
 
 def few_bits_above(
@@ -28,7 +30,7 @@ def few_bits_above(
         ValueError: such numbers have more bits than float32.
     """
     step = float(factor)
-    if bits + odd_part(step).bit_length() > _FLOAT32_BITS:
+    if bits + odd_part(step).bit_length() > FLOAT32_BITS:
         raise ValueError(f"{bits} bits times {step:g} are no float32")
     wanted = np.asarray(least, np.float64)
     mantissa, exponent = np.frexp(wanted / step)

@@ -24,7 +24,14 @@ from qnpu.compiler.op_traits import (
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding, widened
 from qnpu.compiler.roles import activations, computing_uses, is_online_rotation
-from qnpu.compiler.scale_grid import few_bits_above, odd_part, weight_factor, with_larger_scale
+from qnpu.compiler.scale_grid import (
+    FLOAT32_BITS,
+    WEIGHT_BITS,
+    few_bits_above,
+    odd_part,
+    weight_factor,
+    with_larger_scale,
+)
 from qnpu.passes.unify_encodings import merged_encoding
 
 _SUM_BITS = 1  # of the residual stream's scales: powers of two
@@ -32,9 +39,8 @@ _OPERAND_BITS = 4  # of what is added to it
 _FACTOR_BITS = {8: 5, 16: 3}  # of the input of a linear that makes such an operand, by its bits
 _INPUT_BITS = 10  # of other linears' inputs: room for t and for n in 24 bits
 _RESULT_BITS = {8: 5, 16: 4}  # t of a result, by its own bits
-_WEIGHT_BITS = (5, 4, 3, 2, 1)  # n of a weight's channel: the most that can be
+_WEIGHT_BITS = (WEIGHT_BITS, 4, 3, 2, 1)  # n of a weight's channel: the most that can be
 _INTEGER_CHOICES = 3  # of these: where all channels are to have less, 64 bits are better
-_MOST_BITS = 24  # of a float32
 _NO_BITS = 64
 
 
@@ -167,7 +173,7 @@ class _Groups:
         if taken is None or given is None or self.is_asked(result):
             return 0
         bits = _RESULT_BITS.get(given.spec.bits)
-        if bits is None or bits + odd_part(taken.scale.item()).bit_length() > _MOST_BITS:
+        if bits is None or bits + odd_part(taken.scale.item()).bit_length() > FLOAT32_BITS:
             return 0
         return self._raise(result, bits, taken.scale.item())
 
@@ -195,7 +201,7 @@ def _snap_weight(linear: Linear, groups: _Groups, table: EncodingTable) -> int:
     if name not in table or table.has_codes(name) or not table[name].spec.symmetric:
         return 0
     factor, old = weight_factor(taken, given), table[name]
-    if factor.bit_length() + max(_WEIGHT_BITS) > _MOST_BITS:
+    if factor.bit_length() + max(_WEIGHT_BITS) > FLOAT32_BITS:
         return 0
     snapping = _Weight(linear, array, taken, old, given)
     new = snapping.for_float(factor) or snapping.for_integers(factor)

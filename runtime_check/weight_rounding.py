@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +13,10 @@ from torch import Tensor
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.gptq import CodeRange, likely_scales, round_weight
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.op_traits import Linear
+from qnpu.compiler.op_traits import Linear, layout_inputs
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.quant_types import Encoding
+from qnpu.compiler.scale_grid import FLOAT32_BITS, WEIGHT_BITS, few_bits_above, weight_factor
 from qnpu.compiler.seqmse import clip_weight
 from qnpu.runtime_check.quantized_run import advance
 from qnpu.runtime_check.segments import Segment, segments_of
@@ -99,10 +100,17 @@ def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: Round
     spec = table[name].spec
     rows = torch.from_numpy(np.moveaxis(array, linear.channel_axis, 0).astype(np.float32))
     codes = CodeRange(spec.q_min, spec.q_max)
+    factor = snapped_factor(linear, table)
     if options.nearest:
         rounded = clip_weight(rows, moment, codes)
+        if factor is not None:
+            snapped = _on_grid(rounded.scale, factor)
+            nearest = codes.round(rows / snapped[:, None])
+            rounded = replace(rounded, scale=snapped, codes=nearest)
     else:
         scales = likely_scales(rows, moment, codes)
+        if factor is not None:
+            scales = _on_grid(scales, factor)
         rounded = round_weight(
             rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
         )
@@ -110,6 +118,34 @@ def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: Round
     whole = np.moveaxis(rounded.codes.numpy(), 0, linear.channel_axis).astype(np.int8)
     encoding = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
     table.choose_codes(name, encoding, np.ascontiguousarray(whole).astype(spec.code_dtype))
+
+
+def snapped_factor(linear: Linear, table: EncodingTable) -> int | None:
+    """t where the scales a weight has now are n·t·2^e of few bits (snap-scales); else None."""
+    values = (_source(linear.activation, table), linear.node.outputs[0], linear.weight)
+    if any(name_of(value) not in table for value in values):
+        return None
+    taken, given, weight = (table[name_of(value)] for value in values)
+    if taken.scale.size > 1 or given.scale.size > 1:
+        return None
+    factor = weight_factor(taken, given)
+    if factor.bit_length() + WEIGHT_BITS > FLOAT32_BITS:
+        return None
+    snapped = few_bits_above(weight.scale, WEIGHT_BITS, factor)
+    return factor if np.array_equal(snapped, weight.scale) else None
+
+
+def _source(value: ir.Value, table: EncodingTable) -> ir.Value:
+    """What layout operators copy a value from, where the value itself has no encoding yet."""
+    producer = value.producer()
+    while name_of(value) not in table and producer is not None and layout_inputs(producer):
+        value = layout_inputs(producer)[0]
+        producer = value.producer()
+    return value
+
+
+def _on_grid(scales: Tensor, factor: int) -> Tensor:
+    return torch.from_numpy(few_bits_above(scales.numpy(), WEIGHT_BITS, factor))
 
 
 def _moment(parts: Sequence[Tensor]) -> Tensor:

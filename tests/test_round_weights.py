@@ -13,8 +13,10 @@ from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear, as_linear
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
 from qnpu.compiler.pipeline import default_passes
+from qnpu.compiler.scale_grid import odd_part, weight_factor
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.round_weights import RoundWeights
+from qnpu.passes.snap_scales import SnapScales
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.weight_rounding import second_moment
 from tests.conftest import Array, normal, run_model
@@ -166,3 +168,34 @@ def test_a_massive_token_does_not_drown_the_others() -> None:
     assert float(extra) == pytest.approx(most, rel=0.01)
     halves = second_moment([rows[1:32], rows[32:]])
     assert torch.allclose(halves, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("nearest", "bits"), [(False, 4), (True, 8)])
+def test_scales_of_few_bits_stay_so(nearest: bool, bits: int) -> None:
+    """Codes and scales are chosen, and requantization stays exact in few bits (snap-scales)."""
+    compilation = encoded("w4a8")
+    assert SnapScales().run(compilation) > 0
+    table = compilation.encodings
+    before = {
+        name_of(linear.weight): table[name_of(linear.weight)] for linear in linears(compilation)
+    }
+    assert RoundWeights(WINDOWS, nearest=nearest, bits=bits).run(compilation) > 0
+    changed = 0
+    for linear in linears(compilation):
+        name = name_of(linear.weight)
+        if not table.has_codes(name):
+            continue
+        factor = weight_factor(
+            table[name_of(linear.activation)], table[name_of(linear.node.outputs[0])]
+        )
+        assert all(odd_part(float(s) / factor) < 32 for s in table[name].scale)
+        changed += not table[name].same_as(before[name])
+    assert changed > 5
+
+
+def test_other_scales_are_not_rounded() -> None:
+    compilation = encoded("w4a8")
+    RoundWeights(WINDOWS).run(compilation)
+    table = compilation.encodings
+    chosen = [name_of(x.weight) for x in linears(compilation) if table.has_codes(name_of(x.weight))]
+    assert all(odd_part(float(table[name].scale[0])) > 1 << 10 for name in chosen)
