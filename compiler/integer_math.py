@@ -15,7 +15,7 @@ number, the nested shift rounds nothing twice::
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, isqrt, log
 
@@ -179,7 +179,7 @@ class AttentionNumbers:
     """What an attention counts with that never forms its probabilities.
 
     y = ((Σ e_j·v_j)·⌊numerator / Σ e_j⌋ >> shift) + z, with e_j = exponentials[d], d being
-    max x - x_j in steps, rounded.
+    max x - x_j in steps, rounded; of two bytes Σ e_j·v_j in steps of 256.
 
     Attributes:
         exponentials: round((2^(8·bytes) - 1) · exp(-s_x·step·d)), int64; the last is 0.
@@ -214,7 +214,7 @@ def attention_numbers(scale: Fraction, value_scale: Fraction, result: Encoding) 
     exponentials[-1] = 0
     ratio = value_scale / Fraction(float(result.scale))
     size = (ratio.numerator // ratio.denominator).bit_length()
-    shift = min(most_shift(result.spec), LIFT_BITS - 10 - size)  # |Σ e·v / Σ e| <= 255
+    shift = min(most_shift(result.spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
     whole = ratio * (1 << shift)
     return AttentionNumbers(exponentials, count, step, whole.numerator // whole.denominator, shift)
 
@@ -314,6 +314,39 @@ def norm_numbers(
         shift=shift,
         finer=finer,
     )
+
+
+_SHORT_BITS = 30  # of a product, so that 2^31 lifts it to what uint32 holds
+
+
+def short_norm_numbers(
+    norm: NormShape, gains: tuple[NDArray[np.int64], float], result: Encoding
+) -> NormNumbers | None:
+    """Numbers of an RMSNorm whose last product takes 32 bits.
+
+    A row's reciprocal root has 9 bits at least, so 8-bit results are off by 0.2 LSB at most.
+
+    Args:
+        norm: its shape.
+        gains: codes less their zero point, and their scale.
+        result: encoding of what comes out.
+
+    Returns:
+        None where gains differ, or one is not above 0, or results have more than 8 bits.
+    """
+    codes, scale = gains
+    if norm.centred or result.spec.bits > 8 or codes.size > 1 or int(codes.reshape(-1)[0]) <= 0:
+        return None
+    one = np.array(1, np.int64), scale * int(codes.reshape(-1)[0])
+    wide = norm_numbers(norm, one, result)
+    ratio = Fraction(isqrt(norm.features << 64), 1 << 32)
+    ratio *= Fraction(one[1]) / Fraction(float(result.scale))
+    size = (ratio.numerator // ratio.denominator).bit_length()
+    shift = min(_SHORT_BITS - size, 29 - stored_bits(result.spec))  # a zero point is below 2^29
+    if shift < 1:
+        return None
+    half = (wide.prescale.bit_length() - 1) // 2
+    return replace(wide, numerator=round_half_up(ratio * (1 << (shift + half))), shift=shift)
 
 
 def round_half_up(number: Fraction) -> int:

@@ -16,10 +16,16 @@ from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.integer_arguments import (
     lookup_pair_arguments,
     norm_arguments,
+    short_norm_arguments,
     softmax_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import NormShape, norm_numbers, softmax_numbers
+from qnpu.compiler.integer_math import (
+    NormShape,
+    norm_numbers,
+    short_norm_numbers,
+    softmax_numbers,
+)
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
@@ -75,7 +81,7 @@ class LowerNonlinear(Pass):
     Before → after::
 
         DQ → Softmax → Q              qnpu.IntSoftmax
-        DQ → RMSNormalization → Q     qnpu.IntRMSNorm
+        DQ → RMSNormalization → Q     qnpu.IntRMSNorm; to 8 bits: qnpu.IntRMSNormShort
         DQ → LayerNormalization → Q   qnpu.IntLayerNorm
         DQ → Sigmoid → Q              qnpu.IntLookup (Tanh, Gelu, Pow with a constant, …)
         DQ(x) · DQ(f(x)) → Q          qnpu.IntLookup of x alone
@@ -149,10 +155,13 @@ def _rms_norm(
         epsilon=node.attributes.get_float("epsilon", 1e-5),
         centred=False,
     )
+    spec, zero_point = result.encoding.spec, result.zero_point
+    numbers = short_norm_numbers(norm, gains, result.encoding)
+    if numbers is not None:
+        arguments = short_norm_arguments(numbers, axes[0], operand.zero_point, zero_point, spec)
+        return editor.call("IntRMSNormShort", [operand.codes], arguments, result.codes, before=node)
     numbers = norm_numbers(norm, gains, result.encoding)
-    arguments = norm_arguments(
-        numbers, axes[0], result.zero_point, result.encoding.spec, zero=operand.zero_point
-    )
+    arguments = norm_arguments(numbers, axes[0], zero_point, spec, zero=operand.zero_point)
     return editor.call("IntRMSNorm", [operand.codes], arguments, result.codes, before=node)
 
 

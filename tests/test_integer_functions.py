@@ -20,6 +20,7 @@ from qnpu.compiler.integer_arguments import (
     requantize_arguments,
     rotate_arguments,
     short_arguments,
+    short_norm_arguments,
     signed_arguments,
     softmax_arguments,
     sum_bytes_arguments,
@@ -31,6 +32,7 @@ from qnpu.compiler.integer_math import (
     fixed_point,
     norm_numbers,
     round_half_up,
+    short_norm_numbers,
     softmax_numbers,
 )
 from qnpu.compiler.integer_short import Term, short_point, split_point
@@ -309,6 +311,37 @@ def test_rms_norm(spec: QuantSpec, kind: QuantSpec) -> None:
     # of rows an LSB or two from zero the root keeps fewer bits
     assert np.abs(found - expected)[2:].max() < 0.51
     assert np.abs(found - expected).max() < 0.75
+
+
+@pytest.mark.parametrize("spec", [U8, S8], ids=str)
+@pytest.mark.parametrize("kind", [U8, U16, S16], ids=str)
+@pytest.mark.parametrize("scale", [0.03, 40.0])
+def test_short_rms_norm(spec: QuantSpec, kind: QuantSpec, scale: float) -> None:
+    """Rows of extremes, of nothing, of one code away from nothing, at a fine and a coarse scale."""
+    given, zero = codes(kind, 40, 96), kind.q_max // 3
+    given[0], given[1], given[2], given[2, 5] = zero, zero + 1, zero, zero + 1
+    given[3], given[4] = kind.q_max, kind.q_min
+    step, z = 8.0 / (1 << spec.bits), (spec.q_min + spec.q_max) // 3
+    norm = NormShape(96, kind.bits, scale, 1e-5, centred=False)
+    gains = np.array([150]), 0.01
+    numbers = short_norm_numbers(norm, gains, result(spec, step))
+    assert numbers is not None
+    arguments = short_norm_arguments(numbers, 1, zero, z, spec)
+    found = call("IntRMSNormShort", [given], arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.rms_norm(given, zero, numbers, z, spec))
+    real = scale * (given.astype(np.float64) - zero)
+    real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * 1.5
+    expected = np.clip(real / step + z, spec.q_min, spec.q_max)
+    assert np.abs(found - expected).max() < 0.75
+
+
+@pytest.mark.parametrize(
+    ("gains", "spec"), [([1, 2], U8), ([-1], U8), ([0], U8), ([1], U16)], ids=str
+)
+def test_norms_that_are_not_short(gains: list[int], spec: QuantSpec) -> None:
+    norm = NormShape(2, 16, 0.03, 1e-5, centred=False)
+    codes_and_scale = np.array(gains, np.int64), 0.01
+    assert short_norm_numbers(norm, codes_and_scale, result(spec, 0.01)) is None
 
 
 @each_spec

@@ -221,6 +221,25 @@ def test_norms(kind: str, gains: str) -> None:
     assert np.abs(found - expected).max() < 0.6
 
 
+def test_a_norm_to_8_bits() -> None:
+    """Its gains are one number, and its last product takes 32 bits."""
+    operator = "RMSNormalization<axis = -1, epsilon = 0.00001>(real, gain)"
+    more = ", uint8 g = {200}, float gs = {0.01}, uint8 gz = {50}"
+    model = around(operator, result="uint8", step=0.03, result_zero=100, constants=more)
+    names = [model.graph.initializers[name] for name in ("g", "gs", "gz")]
+    gain = ir.node("DequantizeLinear", names)
+    gain.outputs[0].name, gain.outputs[0].type = "gain", ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(model.graph[0], gain)
+    norm = next(n for n in model.graph if n.op_type == "RMSNormalization")
+    norm.replace_input_with(1, gain.outputs[0])
+    given = codes(U16, 4, 30)
+    found = lowered(model, given)
+    assert operators(model) == [("qnpu", "IntRMSNormShort")]
+    real = (given.astype(np.float64) - 20000) * 1e-3
+    real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * 1.5
+    assert np.abs(found - clipped(real, 0.03, 100, U8)).max() < 0.52
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -24,7 +24,7 @@ from qnpu.runtime_check.session import Feeds
 from tests.conftest import parse
 from tests.lowered import Lowered, lowered
 
-KINDS = {"add", "conversion", "layout", "linear", "multiply", "norm", "softmax"}
+KINDS = {"add", "conversion", "layout", "linear", "multiply", "norm"}
 EXACT = {"add", "conversion", "layout", "linear"}
 
 
@@ -49,10 +49,12 @@ def test_decoders(architecture: str, scheme: str) -> None:
     found = certificate(lowered(architecture, scheme))
     assert found.passed
     assert not found.unchecked
-    assert {item.kind for item in found.summary()} >= KINDS
+    kinds = {item.kind for item in found.summary()}
+    assert kinds >= KINDS | {"softmax" if architecture == "gpt2" else "attention"}
     for item in found.summary():
         assert item.passed
-        assert item.equal == 1.0 if item.kind in EXACT else item.equal > 0.99
+        least = 0.8 if item.kind == "attention" and scheme == "w8a16" else 0.99
+        assert item.equal == 1.0 if item.kind in EXACT else item.equal > least
     for tensor in found.tensors:
         assert tensor.max_lsb <= (0 if tensor.kind in EXACT else 1 if tensor.bits == 8 else 4)
 
@@ -87,7 +89,9 @@ def test_sums_stay_below_their_bounds() -> None:
 
 def call(model: ir.Model, function: str, argument: str) -> tuple[ir.Node, int]:
     """The last call of a function or of its twin with finer multipliers; index of an argument."""
-    node = [n for n in model.graph if n.op_type in (function, f"{function}Fine")][-1]
+    names = {function, f"{function}Fine"}
+    nodes = [n for n in model.graph if n.op_type in names]
+    node = [n for n in nodes if n.outputs[0].dtype is not ir.DataType.INT32][-1]  # of codes
     definition = model.functions["qnpu", node.op_type, ""]
     return node, [name_of(value) for value in definition.inputs].index(argument)
 
@@ -113,8 +117,8 @@ def spoil(model: ir.Model, function: str, argument: str, more: int) -> str:
         ("IntRequantize", "multiplier", 2**40),
         ("IntAdd", "multiplier_a", 2**40),
         ("IntLookupPair", "table", 6),
-        ("IntSoftmax", "numerator", 2**57),
-        ("IntRMSNorm", "numerator", 2**52),
+        ("IntNormalize", "numerator", 2**49),
+        ("IntRMSNormShort", "numerator", 2**52),
         ("IntLookup", "table", 6),
     ],
 )
@@ -126,6 +130,9 @@ def test_a_spoilt_node_is_found_and_no_other(function: str, argument: str, more:
     after = certificate(made)
     assert before.passed
     assert not after.passed
+    readers = {name_of(v): n for n in made.integer.graph for v in n.inputs if v is not None}
+    while name not in {tensor.name for tensor in after.tensors}:  # codes that are moved first
+        name = name_of(readers[name].outputs[0])
     changed = [b.name for a, b in zip(before.tensors, after.tensors, strict=True) if a != b]
     assert changed == [name]
     assert [t.name for t in after.tensors if not t.passed] == [name]
