@@ -1,6 +1,8 @@
 """How fast graphs run beside each other on ONNX Runtime: interleaved, medians, two threads.
 
     python -m bench.int_speed float=model.onnx integer=out/model.int.onnx static=static.onnx
+    python -m bench.int_speed float=cached/model.onnx integer=chat/decode.int.onnx \\
+        --dim s70=1 --dim s69=255 --dim s53=256          # what the float model's axes are called
     python -m bench.int_speed … --profile integer        # where its time goes, by operator
 
 Each graph gets what it takes: token ids for ``input_ids``, positions, a mask of ones, zeros else.
@@ -29,11 +31,13 @@ def main(
     graphs: Annotated[list[str], typer.Argument(help="NAME=FILE; the first is compared with.")],
     rounds: Annotated[int, typer.Option(help="Timed runs of each graph.")] = 9,
     threads: Annotated[int, typer.Option(help="Of ONNX Runtime.")] = 2,
+    dim: Annotated[list[str] | None, typer.Option(help="NAME=SIZE of a dimension.")] = None,
     profile: Annotated[str, typer.Option(help="Name of a graph to profile.")] = "",
 ) -> None:
     """Time graphs."""
     files = dict(item.split("=", 1) for item in graphs)
-    sessions = {name: _open(file, threads) for name, file in files.items()}
+    sizes = {name: int(size) for name, size in (item.split("=", 1) for item in dim or ())}
+    sessions = {name: _open(file, threads, sizes) for name, file in files.items()}
     feeds = {name: _feeds(session) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in files}
     for index in range(rounds + 1):
@@ -53,11 +57,13 @@ def main(
     console = Console(soft_wrap=True)
     console.print(table)
     if profile:
-        console.print(_profile(files[profile], threads))
+        console.print(_profile(files[profile], threads, sizes))
 
 
-def _open(file: str, threads: int, prefix: str = "") -> ort.InferenceSession:
+def _open(file: str, threads: int, sizes: dict[str, int], prefix: str = "") -> ort.InferenceSession:
     options = ort.SessionOptions()
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if prefix:
@@ -80,9 +86,9 @@ def _feeds(session: ort.InferenceSession) -> dict[str, Any]:
     return found
 
 
-def _profile(file: str, threads: int) -> Table:
+def _profile(file: str, threads: int, sizes: dict[str, int]) -> Table:
     with tempfile.TemporaryDirectory() as folder:
-        session = _open(file, threads, str(Path(folder, "profile")))
+        session = _open(file, threads, sizes, str(Path(folder, "profile")))
         feeds = _feeds(session)
         for _ in range(2):
             session.run(None, feeds)
@@ -97,7 +103,7 @@ def _profile(file: str, threads: int) -> Table:
     table = Table(title=f"{last['dur'] / 1e3:.0f} ms in one run", title_justify="left")
     for heading in ("operator", "first result", "ms"):
         table.add_column(heading, justify="right" if heading == "ms" else "left")
-    for (operator, kind), duration in spent.most_common(20):
+    for (operator, kind), duration in spent.most_common(30):
         table.add_row(operator, kind, f"{duration / 1e3:.1f}")
     return table
 

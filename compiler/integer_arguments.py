@@ -17,6 +17,7 @@ from qnpu.compiler.integer_math import (
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
+    RotaryNumbers,
     SoftmaxNumbers,
     round_half_up,
     stored_bits,
@@ -143,22 +144,30 @@ def multiply_arguments(
 
 
 def rotate_arguments(
-    ratio: FixedPoint,
-    tables: tuple[NDArray[Any], NDArray[Any]],
-    zero_points: tuple[int, int],
-    zero_point: int,
-    spec: QuantSpec,
+    numbers: RotaryNumbers, zero_points: tuple[int, int], zero_point: int, spec: QuantSpec
 ) -> Arguments:
-    """Of IntRotate; tables are of the type its inner sum has."""
-    word = tables[0].dtype
+    """Of IntRotate.
+
+    Args:
+        numbers: of the rotation.
+        zero_points: of the operands.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    word = numbers.tables[0].dtype
+    unsigned = np.dtype(f"u{word.name}")
+    lift = 1 << (8 * word.itemsize - (1 if word.itemsize == 4 else 2))
+    lifted = lift >> numbers.shift
+    start = lift + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
     return {
         "zero_a": np.array(zero_points[0], word),
         "zero_b": np.array(zero_points[1], word),
-        "table_a": tables[0],
-        "table_b": tables[1],
-        "multiplier": _unsigned(ratio.high),
-        "offset": _unsigned(_rounding(ratio, zero_point)),
-        **_limits(ratio.shift, spec),
+        "table_a": numbers.tables[0],
+        "table_b": numbers.tables[1],
+        "offset": np.array(start, unsigned),
+        "shift": np.array(numbers.shift, unsigned),
+        "low": np.array(lifted + spec.q_min, unsigned),
+        "high": np.array(lifted + spec.q_max, unsigned),
     }
 
 

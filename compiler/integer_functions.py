@@ -119,15 +119,27 @@ def IntMul(a, b, zero_a, zero_b, multiplier, offset, shift, low, high, to: int):
 
 @script(QNPU, default_opset=op)
 def IntRotate(
-    a, b, zero_a, zero_b, table_a, table_b, multiplier, offset, shift, low, high, to: int, word: int
+    a,
+    b,
+    zero_a,
+    zero_b,
+    table_a,
+    table_b,
+    offset,
+    shift,
+    low,
+    high,
+    to: int,
+    word: int,
+    unsigned: int,
 ):
-    """y = clip((((a - zero_a)·table_a + (b - zero_b)·table_b)·multiplier + offset) >> shift).
+    """y = clip(((a - zero_a)·table_a + (b - zero_b)·table_b + offset) >> shift).
 
-    The sum in parentheses is of type ``word``.
+    The sum is of type ``word``, and shifted as ``unsigned``, which has as many bits.
     """
     first = (op.Cast(a, to=word) - zero_a) * table_a
     turned = (op.Cast(b, to=word) - zero_b) * table_b + first
-    sums = op.Cast(turned, to=_UINT64) * multiplier + offset
+    sums = op.Cast(turned, to=unsigned) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
 

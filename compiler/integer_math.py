@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, isqrt, log
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -347,6 +348,45 @@ def short_norm_numbers(
         return None
     half = (wide.prescale.bit_length() - 1) // 2
     return replace(wide, numerator=round_half_up(ratio * (1 << (shift + half))), shift=shift)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RotaryNumbers:
+    """What a rotation counts with: y = (((q_a - z_a)·t_a + (q_b - z_b)·t_b) >> shift) + z.
+
+    Attributes:
+        tables: t, at 2^-shift LSB of the result, int32 or int64.
+        shift: bits behind the point.
+    """
+
+    tables: tuple[NDArray[Any], NDArray[Any]]
+    shift: int
+
+
+_LEAST_SHIFT = 10  # error of a table of 8-bit codes: 255 / 2^10 LSB of the result
+
+
+def rotary_numbers(
+    tables: tuple[NDArray[np.float64], NDArray[np.float64]],
+    reaches: tuple[int, int],
+    result: Encoding,
+) -> RotaryNumbers:
+    """Numbers of a rotation: in 32 bits where those are enough, else in 64.
+
+    Args:
+        tables: what a code is multiplied with, in LSB of the result.
+        reaches: greatest distance of either operand's codes from its zero point, LSB.
+        result: encoding of what comes out.
+    """
+    peaks = [float(np.abs(table).max(initial=0.0)) for table in tables]
+    bound = sum(reach * peak for reach, peak in zip(reaches, peaks, strict=True))
+    size = max(ceil(bound), 1 << stored_bits(result.spec)).bit_length()
+    shift = min(30 - size, 31 - stored_bits(result.spec))
+    word: type[np.signedinteger[Any]] = np.int32
+    if shift < _LEAST_SHIFT or max(reaches) > 255:
+        shift, word = min(60 - size, most_shift(result.spec)), np.int64
+    one, other = (np.rint(table * 2.0**shift).astype(word) for table in tables)
+    return RotaryNumbers((one, other), shift)
 
 
 def round_half_up(number: Fraction) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from onnx_ir.passes import common
 from qnpu.compiler.graph_edit import constant_array, static_shape
 from qnpu.compiler.integer_arguments import rotate_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import fixed_point
+from qnpu.compiler.integer_math import rotary_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_results import (
@@ -24,10 +23,6 @@ from qnpu.compiler.quantized_results import (
     coded_results,
     only_source,
 )
-
-_CLOSE = Fraction(1, 256)  # LSB
-_WORD_BITS = 30  # of a sum of 8-bit codes times a table, int32
-_TABLE_BITS = 20  # of a table for 16-bit codes: enough behind the point for their result
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,13 @@ class LowerRotary(Pass):
                                 Add, Sub → Q            qnpu.IntRotate(a, b)
         DQ(b) · DQ(S) → Q → DQ ↗
 
-    y = clamp(⌊((q_a - z_a)·c + (q_b - z_b)·s)·s_a/(2^n·s_y) + 1/2⌋ + z_y), c = round(C·2^n), n such
+    y = clamp(⌊((q_a - z_a)·c + (q_b - z_b)·s)/2^n + 1/2⌋ + z_y), c = round(C·s_a/s_y·2^n), n such
     that sums of 8-bit codes stay within 31 bits (quantnpu.md §6: cosines as fixed-point numbers).
     Both products are neither rounded nor clipped on the way, so this is nearer to the float graph
     than the Q/DQ graph is; from that it differs by 1 LSB of the result and half an LSB of each
     product, and by more where a product is clipped there.
 
-    Must not fire where a product is used twice, a table is no constant, or the two operands have
-    encodings of different scales.
+    Must not fire where a product is used twice, a table is no constant, or shapes differ.
     """
 
     name: ClassVar[str] = "lower-rotary"
@@ -65,7 +59,7 @@ class LowerRotary(Pass):
             one, other = products if len(products) == 2 else (None, None)
             if one is None or other is None or not results:
                 continue
-            if one.operand.scale != other.operand.scale or one.shape != other.shape:
+            if one.shape != other.shape:
                 continue
             made = [_rotated(editor, node, one, other, result) for result in results]
             count += editor.take_over_all([result.codes for result in results], made)
@@ -107,25 +101,25 @@ def _product(value: ir.Value | None) -> _Product | None:
 
 def _rotated(
     editor: IntegerEditor, node: ir.Node, one: _Product, other: _Product, result: CodedResult
-) -> ir.Value | None:
-    largest = max(float(np.abs(item.table).max(initial=0.0)) for item in (one, other)) or 1.0
-    reach = one.operand.reach + other.operand.reach
-    narrow = all(item.operand.encoding.spec.bits <= 8 for item in (one, other))
-    bits = _WORD_BITS - reach.bit_length() if narrow else _TABLE_BITS
-    bits -= int(np.ceil(np.log2(largest)))
+) -> ir.Value:
     sign = -1 if node.op_type == "Sub" else 1
-    word = np.int32 if narrow else np.int64
-    tables = (
-        np.rint(one.table * 2.0**bits).astype(word),
-        np.rint(sign * other.table * 2.0**bits).astype(word),
+    numbers = rotary_numbers(
+        (
+            one.table * (one.operand.scale / result.scale),
+            other.table * (sign * other.operand.scale / result.scale),
+        ),
+        (one.operand.reach, other.operand.reach),
+        result.encoding,
     )
-    ratio = Fraction(one.operand.scale) / Fraction(result.scale) / Fraction(2) ** bits
-    bound = reach * max(int(np.abs(table).max()) for table in tables)
-    fixed = fixed_point([ratio], [bound], result.encoding, close=_CLOSE)
-    if fixed.low is not None:
-        return None
     zeros = one.operand.zero_point, other.operand.zero_point
-    arguments = rotate_arguments(fixed, tables, zeros, result.zero_point, result.encoding.spec)
-    kind = ir.DataType.INT32 if narrow else ir.DataType.INT64
-    codes = [one.operand.codes, other.operand.codes]
-    return editor.call("IntRotate", codes, arguments, result.codes, before=node, word=int(kind))
+    kind = ir.DataType.from_numpy(numbers.tables[0].dtype)
+    unsigned = ir.DataType.UINT32 if kind is ir.DataType.INT32 else ir.DataType.UINT64
+    return editor.call(
+        "IntRotate",
+        [one.operand.codes, other.operand.codes],
+        rotate_arguments(numbers, zeros, result.zero_point, result.encoding.spec),
+        result.codes,
+        before=node,
+        word=int(kind),
+        unsigned=int(unsigned),
+    )

@@ -16,6 +16,7 @@ from qnpu.compiler.integer_math import (
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
+    RotaryNumbers,
     SoftmaxNumbers,
 )
 from qnpu.compiler.integer_short import ShortPoint, SplitPoint
@@ -77,17 +78,17 @@ def multiply(
 def rotate(
     operands: tuple[Codes, Codes],
     zero_points: tuple[int, int],
-    tables: tuple[Codes, Codes],
-    ratio: FixedPoint,
+    numbers: RotaryNumbers,
     zero_point: int,
     spec: QuantSpec,
 ) -> Codes:
-    """y = clamp(⌊((q_a - z_a)·t_a + (q_b - z_b)·t_b)·M + 1/2⌋ + z)."""
-    terms = [
+    """y = clamp(⌊((q_a - z_a)·t_a + (q_b - z_b)·t_b) / 2^shift + 1/2⌋ + z)."""
+    one, other = (
         (codes.astype(np.int64) - zero) * table.astype(np.int64)
-        for codes, zero, table in zip(operands, zero_points, tables, strict=True)
-    ]
-    return requantize(terms[0] + terms[1], ratio, zero_point, spec)
+        for codes, zero, table in zip(operands, zero_points, numbers.tables, strict=True)
+    )
+    nearest = (one + other + (1 << (numbers.shift - 1))) >> numbers.shift
+    return _codes(nearest, zero_point, spec)
 
 
 def _rounded(

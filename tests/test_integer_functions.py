@@ -31,6 +31,7 @@ from qnpu.compiler.integer_math import (
     exact_ratios,
     fixed_point,
     norm_numbers,
+    rotary_numbers,
     round_half_up,
     short_norm_numbers,
     softmax_numbers,
@@ -163,22 +164,29 @@ def test_mul(spec: QuantSpec, kinds: tuple[QuantSpec, QuantSpec]) -> None:
     )
 
 
-@pytest.mark.parametrize("word", [np.int32, np.int64])
-def test_rotate(word: type[np.signedinteger]) -> None:
-    kind = U8 if word is np.int32 else U16
+@pytest.mark.parametrize("kind", [U8, S8, U16], ids=str)
+@each_spec
+def test_rotate(kind: QuantSpec, spec: QuantSpec) -> None:
     operands = codes(kind, 5, 6, 8), codes(kind, 5, 6, 8, seed=1)
     angles = np.outer(np.arange(6), 0.3 ** np.arange(8))
-    bits = 20
-    tables = tuple(np.rint(f(angles) * 2.0**bits).astype(word) for f in (np.cos, np.sin))
-    zeros, to = (100, 90), result(U16, zero=30000)
-    bound = 2 * kind.q_max << bits
-    fixed = fixed_point([Fraction(20000, bound)], [bound], to, close=Fraction(1, 256))
-    arguments = rotate_arguments(fixed, (tables[0], tables[1]), zeros, 30000, U16)
-    attribute = ir.DataType.from_numpy(np.dtype(word))
-    found = call("IntRotate", operands, arguments, U16.dtype, word=int(attribute))[0]
-    expected = reference.rotate(operands, zeros, (tables[0], tables[1]), fixed, 30000, U16)
-    np.testing.assert_array_equal(found, expected)
-    assert len(np.unique(found)) > 200
+    ratio = 0.8 * 2.0 ** (spec.bits - kind.bits)
+    tables = ratio * np.cos(angles), 1.1 * ratio * np.sin(angles)
+    zeros, zero = (100, 90), (spec.q_min + spec.q_max) // 2
+    reach = 255 if kind.bits == 8 else 65535
+    numbers = rotary_numbers(tables, (reach, reach), result(spec, 1.0))
+    assert numbers.tables[0].dtype == (np.int32 if kind.bits == 8 else np.int64)
+    arguments = rotate_arguments(numbers, zeros, zero, spec)
+    attributes = {
+        "word": ir.DataType.from_numpy(numbers.tables[0].dtype),
+        "unsigned": ir.DataType.from_numpy(arguments["offset"].dtype),
+    }
+    given = {name: int(value) for name, value in attributes.items()}
+    found = call("IntRotate", operands, arguments, spec.dtype, **given)[0]
+    np.testing.assert_array_equal(found, reference.rotate(operands, zeros, numbers, zero, spec))
+    one, other = (a.astype(np.float64) - z for a, z in zip(operands, zeros, strict=True))
+    real = one * tables[0] + other * tables[1] + zero
+    assert np.abs(found - np.clip(real, spec.q_min, spec.q_max)).max() < 0.75
+    assert len(np.unique(found)) > 80
 
 
 def test_join() -> None:
