@@ -11,9 +11,11 @@ import pytest
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.integer_io import with_real_io
+from qnpu.compiler.integer_model import certify
 from qnpu.compiler.op_traits import as_linear, encoding_groups
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
-from qnpu.compiler.pipeline import default_passes
+from qnpu.compiler.pipeline import compile_model, default_passes
 from qnpu.compiler.quant_types import Encoding
 from qnpu.compiler.roles import is_online_rotation
 from qnpu.compiler.scale_grid import odd_part
@@ -25,7 +27,7 @@ from qnpu.passes.snap_scales import SnapScales
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.feeds import ArraySamples
 from tests.conftest import Array, normal, parse
-from tests.decoders import canonical
+from tests.decoders import LENGTH, canonical, exported
 from tests.lowered import WINDOWS
 
 
@@ -40,7 +42,7 @@ def encoded(text: str, scheme: str = "w8a8", **data: Array) -> Compilation:
 def decoder(architecture: str, scheme: str) -> Compilation:
     """A tiny decoder as calibrate-ranges leaves it."""
     compilation = Compilation(canonical(architecture))
-    config = CompileConfig(scheme=scheme, seq_len=16, weights="nearest", integer=True)
+    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", integer=True)
     passes = default_passes(config, WINDOWS)
     names = [item.name for item in passes]
     chosen = passes[names.index(FoldNormScale.name) : names.index(SnapScales.name)]
@@ -214,3 +216,31 @@ def test_only_where_an_integer_graph_is_made() -> None:
     assert SnapScales.name not in names(integer=True, learn="blockwise")
     order = names(integer=True, scheme="w4a8")
     assert order.index(CalibrateRanges.name) + 1 == order.index(SnapScales.name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "forms"),
+    [
+        ("llama", "w8a8", {"QLinearMatMul", "IntRequantizeShort", "IntSumBytesShort"}),
+        ("gpt2", "w8a8", {"IntRequantizeShort", "IntSumBytesShort"}),  # biases
+        ("llama", "w8a16", {"IntSumBytesShort"}),
+        ("gemma3", "w4a8", {"QLinearMatMul", "IntRequantizeShort", "IntSumBytesShort"}),
+    ],
+)
+def test_integer_graphs_have_the_short_forms(
+    architecture: str, scheme: str, forms: set[str]
+) -> None:
+    """And still give the codes of the Q/DQ graph, linears and sums every one."""
+    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", integer=True)
+    result = compile_model(exported(architecture), config, WINDOWS)
+    assert result.integer_model is not None
+    operators = {node.op_type for node in result.integer_model.graph}
+    assert operators >= forms | {"IntAddShort"}
+    if architecture != "gpt2":  # the scores of which go through a Where
+        long = {"IntRequantize", "IntRequantizeFine", "IntAdd", "IntAddFine"}
+        assert operators.isdisjoint(long)
+    feeds = WINDOWS.feeds(result.model.graph.inputs)[0]
+    found = certify(with_real_io(result.model), result.integer_model, feeds, [])
+    kinds = {item.kind: item for item in found.summary()}
+    assert kinds["linear"].equal == kinds["add"].equal == 1
+    assert all(item.passed for item in found.accumulators)
