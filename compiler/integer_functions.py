@@ -3,7 +3,8 @@
 Any runtime that knows ONNX functions runs them; a viewer shows one node where a dozen integer
 operators stand. Sums are kept modulo 2^64 in uint64, because shifts are defined for unsigned
 integers alone: ``qnpu.compiler.integer_arguments`` lifts every sum by 2^62, so that none is
-negative, and what is left of that after the shift vanishes in the last cast.
+negative, and what is left of that after the shift vanishes in the last cast. Those called Short do
+the same modulo 2^32, where ``qnpu.compiler.integer_short`` says that it is enough.
 
 Bodies are in onnxscript; their twins in NumPy are in ``qnpu.runtime_check.reference``.
 """
