@@ -5,15 +5,15 @@ qnpu-compile cached/model.onnx --scheme w8a16 --context 256 --seq-len 64 --out c
 python -m bench.generation chat
 
 The Q/DQ graphs are run in float32 by ONNX Runtime, node by node, and in float64, where the order of
-sums changes nothing. Where the integer graphs' text parts from the latter, both have read the same
-tokens, and the logits of the two next ones are compared: "gap" is by how much the one's is greater
-than the other's, in LSB, first in float64, then on integers. "by" names the kinds of operators that
-lead to the integer graphs' token when the Q/DQ graphs have the integer form of that kind alone.
+sums changes nothing: reading the integer graphs' text there shows the first token that would have
+been another one. The logits of both tokens are compared: "gap" is by how much the better one's is
+greater, in LSB, first in float64, then on integers. "by" names the kinds of operators that lead to
+the integer graphs' token when the Q/DQ graphs have the integer form of that kind alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Annotated
 import onnx_ir as ir
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from qnpu.compiler.cached_decoder import DECODE_QDQ_NAME, PREFILL_QDQ_NAME
@@ -65,17 +66,21 @@ def main(
     table = Table(title=f"greedy, {tokens} tokens", title_justify="left")
     for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
-    for prompt in PROMPTS:
+    for prompt in track(PROMPTS, "generating", console=Console(stderr=True)):
         ids = words.encode(prompt)
-        runs = [generate(runner, ids, tokens) for runner in (integer, rounded, graphs.exact(()))]
-        found, of_float32, of_float64 = (run.ids for run in runs)
-        same = _same(found, of_float64)
-        parting = [*ids, *found[:same]], found[same:], of_float64[same:]
+        runs = [generate(runner, ids, tokens) for runner in (integer, rounded)]
+        found = runs[0].ids
+        choices = _rows(graphs.exact(()), [*ids, *found[:-1]])[len(ids) - 1 :].argmax(axis=-1)
+        same = _same(found, choices.tolist())
+        gaps = "", ""
+        if same < len(found):
+            read = [*ids, *found[:same]]
+            gaps = graphs.explained(integer, read, found[same], int(choices[same]))
         table.add_row(
             prompt,
-            str(_same(found, of_float32)),
+            str(_same(found, runs[1].ids)),
             str(same),
-            *(graphs.explained(integer, *parting) if same < len(found) else ("", "")),
+            *gaps,
             " / ".join(f"{run.decode_rate:.1f}" for run in runs),
             words.decode(found),
         )
@@ -90,6 +95,7 @@ class Graphs:
         integer: on integers alone.
         quantized: Q/DQ, inputs and outputs being codes.
         exact: kinds of operators that are on integers → the Q/DQ graphs in float64.
+        kinds: of the operators there are.
     """
 
     integer: tuple[ir.Model, ir.Model]
@@ -114,22 +120,20 @@ class Graphs:
         return cls(integer, quantized, exact, graph(0, ()).kinds)
 
     def explained(
-        self, integer: CachedRunner, read: list[int], ours: list[int], theirs: list[int]
-    ) -> Iterator[str]:
+        self, integer: CachedRunner, read: list[int], ours: int, theirs: int
+    ) -> tuple[str, str]:
         """The gap between the two next tokens, in both, and the kinds that lead to ours."""
-        one, other = ours[0], theirs[0]
-        exact, whole = _last(self.exact(()), read), _last(integer, read)
-        yield f"{int(exact[other]) - int(exact[one])}, {int(whole[one]) - int(whole[other])}"
+        exact, whole = (_rows(runner, read)[-1].astype(int) for runner in (self.exact(()), integer))
         inexact = sorted(set(self.kinds) - EXACT_KINDS)
-        leads = [kind for kind in inexact if _last(self.exact((kind,)), read).argmax() == one]
-        yield ", ".join(leads) or "no kind alone"
+        leads = [kind for kind in inexact if _rows(self.exact((kind,)), read)[-1].argmax() == ours]
+        gap = f"{exact[theirs] - exact[ours]}, {whole[ours] - whole[theirs]}"
+        return gap, ", ".join(leads) or "no kind alone"
 
 
-def _last(runner: CachedRunner, ids: list[int]) -> Array:
-    """Codes of the logits behind a text."""
+def _rows(runner: CachedRunner, ids: list[int]) -> Array:
+    """Codes of the logits behind each token of a text."""
     runner.reset()
-    row: Array = runner.read(ids)[-1]
-    return row
+    return runner.read(ids)
 
 
 def _codes(path: Path) -> ir.Model:
