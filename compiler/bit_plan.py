@@ -34,9 +34,11 @@ class Scheme:
         down_bits: inputs of down projections. They hold massive activations, so 16 even where
             ``input_bits`` is less, as in the paper's published figures (§7).
         other_bits: norms, softmax, activation functions, residual, embedding, rotary.
+        query_bits: queries, the first operand of the MatMul whose result a softmax takes.
         kv_bits: keys and values, that is the second operand of an activation-by-activation MatMul.
         head_bits: weights of the last linear (lm_head).
         head_input_bits: its input.
+        logits_bits: its result.
     """
 
     name: str
@@ -45,9 +47,11 @@ class Scheme:
     output_bits: int
     down_bits: int = 16
     other_bits: int = 16
+    query_bits: int = 16
     kv_bits: int = 8
     head_bits: int = 8
     head_input_bits: int = 8
+    logits_bits: int = 16
 
     @classmethod
     def parse(cls, name: str) -> Scheme:

@@ -210,6 +210,12 @@ def _compile(
     down_bits: Annotated[
         int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
     ] = None,
+    query_bits: Annotated[
+        int | None, typer.Option(help="Queries where scores are computed: 8 or 16. Default: 16.")
+    ] = None,
+    logits_bits: Annotated[
+        int | None, typer.Option(help="Results of the last linear: 8 or 16. Default: 16.")
+    ] = None,
     promote: Annotated[
         float | None,
         typer.Option(
@@ -319,6 +325,8 @@ def _compile(
         "learn_dtype": learn_dtype,
         "learn_sharded": learn_sharded,
         "down_bits": down_bits,
+        "query_bits": query_bits,
+        "logits_bits": logits_bits,
         "promote": promote,
         "rotate": rotate,
         "rotate_caches": rotate_caches,

@@ -27,6 +27,8 @@ class CompileConfig:
     Attributes:
         scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
         down_bits: bits of the inputs of down projections, 8 or 16.
+        query_bits: bits of queries where scores are computed, 8 or 16.
+        logits_bits: bits of the last linear's result, 8 or 16.
         promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
             is 8: those that lose most at 8 bits.
         target: name of a target profile.
@@ -77,6 +79,8 @@ class CompileConfig:
 
     scheme: str = "w8a16"
     down_bits: int = 16
+    query_bits: int = 16
+    logits_bits: int = 16
     promote: float = 0.0
     target: str = DEFAULT_TARGET
     emit: tuple[str, ...] = ()
@@ -119,8 +123,9 @@ class CompileConfig:
         load_target(self.target)
         for name in self.emit:
             emission(name)
-        if self.down_bits not in (8, 16):
-            _fail("down_bits", f"{self.down_bits} is neither 8 nor 16")
+        for option in ("down_bits", "query_bits", "logits_bits"):
+            if getattr(self, option) not in (8, 16):
+                _fail(option, f"{getattr(self, option)} is neither 8 nor 16")
         _check_share("promote", self.promote)
         if self.promote and self.down_bits == 16:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
@@ -186,8 +191,13 @@ class CompileConfig:
 
     @property
     def bits_by_role(self) -> Scheme:
-        """The scheme, with ``down_bits`` as asked."""
-        return dataclasses.replace(Scheme.parse(self.scheme), down_bits=self.down_bits)
+        """The scheme, with bits as asked."""
+        return dataclasses.replace(
+            Scheme.parse(self.scheme),
+            down_bits=self.down_bits,
+            query_bits=self.query_bits,
+            logits_bits=self.logits_bits,
+        )
 
     @property
     def mask_constant(self) -> float:

@@ -308,23 +308,23 @@ def norm_arguments(
 
 
 def short_norm_arguments(
-    numbers: NormNumbers, axes: int, zero: int, zero_point: int, spec: QuantSpec
+    numbers: NormNumbers, zero: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:
     """Of IntRMSNormShort.
 
     Args:
-        numbers: of a norm whose gains are 1.
-        axes: how many, counted from the last.
+        numbers: of a norm over the last axis, whose gains are 1.
         zero: zero point of what comes in.
         zero_point: z of the result.
         spec: of the result.
     """
-    found = norm_arguments(numbers, axes, zero_point, spec)
-    del found["gain"]
+    found = norm_arguments(numbers, 1, zero_point, spec)
+    del found["gain"], found["axes"]
     lifted = (1 << 31) >> numbers.shift
     start = (1 << 31) + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
     return found | {
         "zero": np.array(zero, np.int32),
+        "before_last": np.array([-2], np.int64),
         "offset": np.array(start, np.uint32),
         "shift": np.array(numbers.shift, np.uint32),
         "low": np.array(lifted + spec.q_min, np.uint32),

@@ -308,7 +308,7 @@ def IntRMSNorm(
 def IntRMSNormShort(
     x,
     zero,
-    axes,
+    before_last,
     epsilon,
     prescale,
     powers,
@@ -322,10 +322,14 @@ def IntRMSNormShort(
     high,
     to: int,
 ):
-    """As IntRMSNorm with gains of 1; the last product in 32 bits."""
+    """As IntRMSNorm over the last axis, with gains of 1; the last product in 32 bits.
+
+    Σc² is a product of matrices, (1, n) by (n, 1) for each row: faster than ReduceSum by far.
+    """
     centred = op.Cast(x, to=_INT32) - zero
     wide = op.Cast(centred, to=_INT64)
-    energy = op.ReduceSum(wide * wide, axes, keepdims=1) * prescale + epsilon
+    squares = op.MatMul(op.Unsqueeze(wide, before_last), op.Unsqueeze(wide, last))
+    energy = op.Squeeze(squares, last) * prescale + epsilon
     share = op.Cast(numerator / QNPU.IntSqrt(energy, powers, starts, last, two), to=_INT32)
     sums = op.Cast(centred * share, to=_UINT32) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)

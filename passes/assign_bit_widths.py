@@ -32,6 +32,7 @@ from qnpu.compiler.roles import (
     is_online_rotation,
     is_requantize_point,
     joins_residual,
+    makes_scores,
 )
 from qnpu.compiler.rotated_caches import turn_caches
 from qnpu.compiler.rotated_weights import rotated_weights
@@ -67,7 +68,8 @@ class AssignBitWidths(Pass):
     linear, and 8 instead of 4 where no rotation has spread their outliers (§2; QN506) or where the
     target has no 4-bit activations (QN507); outputs of linears ``output_bits``; an output that is
     added to another activation (the residual stream) or leaves the graph, and everything else,
-    ``other_bits``; the second operand of an activation-by-activation MatMul (keys, values)
+    ``other_bits``, but queries ``query_bits`` where scores are computed, and logits
+    ``logits_bits``; the second operand of an activation-by-activation MatMul (keys, values)
     ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
     An online rotation (a MatMul by a Hadamard matrix) takes ``other_bits``, since it is there to
     take what 8 bits cannot hold, and hands out what its consumer asks for; its matrix is signed,
@@ -205,10 +207,13 @@ class _Widths:
             if _is_keys_or_values(value):
                 self._bits[value] = scheme.kv_bits
         for node, linear in linears.items():
-            wide = _joins_residual_or_output(node.outputs[0])
-            self._bits[node.outputs[0]] = scheme.other_bits if wide else scheme.output_bits
+            result = node.outputs[0]
+            self._bits[result] = scheme.output_bits
+            if _joins_residual_or_output(result):
+                is_logits = node is self.head and not joins_residual(result)
+                self._bits[result] = scheme.logits_bits if is_logits else scheme.other_bits
             if is_online_rotation(linear):
-                self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
+                self._bits[result] = self._asked_by_consumers(result)
         for node in graph:
             if is_requantize_point(node):
                 self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
@@ -226,6 +231,8 @@ class _Widths:
         for node in list(self._graph):
             if is_dynamic_matmul(node):
                 count += self._narrow_sources(node, 1)
+            if makes_scores(node):
+                count += self._narrow(node, 0, self._scheme.query_bits)
         self._measure_groups()  # keys and values have left the groups they were in
         for node, linear in self._linears.items():
             index = list(node.inputs).index(linear.activation)
@@ -314,6 +321,8 @@ class _Widths:
                 asked.append(self._input_bits(self._linears[node]))
             elif is_dynamic_matmul(node) and index == 1:
                 asked.append(self._scheme.kv_bits)
+            elif makes_scores(node):
+                asked.append(self._scheme.query_bits)
         return min(asked)
 
 

@@ -157,8 +157,8 @@ def _rms_norm(
     )
     spec, zero_point = result.encoding.spec, result.zero_point
     numbers = short_norm_numbers(norm, gains, result.encoding)
-    if numbers is not None:
-        arguments = short_norm_arguments(numbers, axes[0], operand.zero_point, zero_point, spec)
+    if numbers is not None and axes[0] == 1:
+        arguments = short_norm_arguments(numbers, operand.zero_point, zero_point, spec)
         return editor.call("IntRMSNormShort", [operand.codes], arguments, result.codes, before=node)
     numbers = norm_numbers(norm, gains, result.encoding)
     arguments = norm_arguments(numbers, axes[0], zero_point, spec, zero=operand.zero_point)

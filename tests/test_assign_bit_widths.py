@@ -367,6 +367,34 @@ def test_a_scheme_may_narrow_down_projections_too() -> None:
     assert specs(compilation)["same_requantized"] == U8
 
 
+def test_a_scheme_may_narrow_logits() -> None:
+    compilation = Compilation(parse(GATED))
+    AssignBitWidths(Scheme("all8", 8, 8, 8, logits_bits=8)).run(compilation)
+    plan = specs(compilation)
+    assert (plan["out"], plan["down"], plan["stream"]) == (U8, U16, U16)
+
+
+def test_a_scheme_may_narrow_queries() -> None:
+    """Those of scores; what weighs values stays wide."""
+    compilation = Compilation(
+        parse("""
+        g (float[4, 4] q, float[4, 4] k, float[4, 4] v) => (float[4, 4] y)
+        {
+            query = Relu(q)
+            scores = MatMul(query, k)
+            weights = Softmax(scores)
+            y = MatMul(weights, v)
+        }
+        """)
+    )
+    AssignBitWidths(Scheme("w8a8", 8, 8, 8, query_bits=8)).run(compilation)
+    assert "scores = MatMul(query_requantized, k)" in body(compilation)
+    assert "y = MatMul(weights, v)" in body(compilation)
+    plan = specs(compilation)
+    assert (plan["query"], plan["query_requantized"], plan["weights"]) == (U16, U8, U16)
+    assert AssignBitWidths(Scheme("w8a8", 8, 8, 8, query_bits=8)).run(compilation) == 0
+
+
 # two layers; the second one's down projection takes what b multiplies
 STACKED = f"""
     g (float[2, 2] x, float[2, 2] b) => (float[2, 2] y)

@@ -334,7 +334,7 @@ def test_short_rms_norm(spec: QuantSpec, kind: QuantSpec, scale: float) -> None:
     gains = np.array([150]), 0.01
     numbers = short_norm_numbers(norm, gains, result(spec, step))
     assert numbers is not None
-    arguments = short_norm_arguments(numbers, 1, zero, z, spec)
+    arguments = short_norm_arguments(numbers, zero, z, spec)
     found = call("IntRMSNormShort", [given], arguments, spec.dtype)[0]
     np.testing.assert_array_equal(found, reference.rms_norm(given, zero, numbers, z, spec))
     real = scale * (given.astype(np.float64) - zero)
