@@ -67,6 +67,9 @@ class SnapScales(Pass):
     16-bit residual stream: half of a bit on average; what is added to it, and 16-bit inputs of
     linears that make that: 25, 12; inputs of other linears: 0.1 %).
 
+    Of ratios of few bits one result in 2^k lies exactly halfway between two codes. A Q/DQ graph
+    that is run on floats rounds such a one either way, by the order it sums in; integers do not.
+
     The graph is not changed. Values that layout operators tie together share a scale as they did.
 
     Must not fire on online rotations (their codes stand for ±1 exactly), on weights whose codes

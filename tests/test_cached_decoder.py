@@ -1,9 +1,9 @@
 """A prefill and a decode graph of one source, of tiny decoders: they agree, and share one file.
 
 Bounds, in LSB of the 16-bit logits: the integer graphs give the same codes however a text is cut.
-Q/DQ graphs sum floats in other orders: logits then differ by up to 16 (measured at w8a16) or 1
-(w8a8), but where an 8-bit code flips early those of one token by a few hundred (measured: 282, one
-token of 24).
+Q/DQ graphs sum floats in other orders: logits then differ by up to 5 (measured at w8a16). At w8a8
+many exact results lie halfway between two codes (snap-scales), and floats round them either way:
+logits then differ by up to 563, by 0.8 % of their spread on average (measured).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ WINDOWS = TokenWindows(np.random.default_rng(7).integers(0, 257, (3, CHUNK)))
 TEXT = [int(token) for token in np.random.default_rng(3).integers(0, 257, 24)]
 TABLES = {"llama": 2, "gpt2": 0, "gemma3": 4}  # of cosines and sines
 ARCHITECTURES = tuple(TABLES)
-QDQ_LSB = {"w8a16": 20, "w8a8": 2}
-FLIPPED_SHARE, FLIPPED_LSB = 0.1, 1500
+QDQ_LSB = {"w8a16": 20, "w8a8": 1500}
+QDQ_MEAN = {"w8a16": 0.001, "w8a8": 0.02}  # of the spread
 
 
 @cache
@@ -95,9 +95,9 @@ def test_decoding_gives_what_prefill_gives(architecture: str, scheme: str) -> No
     whole = cut(runner, len(TEXT))
     assert np.ptp(whole) > 40_000
     for lengths in ((CHUNK,), (13,), ()):
-        worst = np.abs(cut(runner, *lengths) - whole).max(axis=-1)
-        assert (worst > QDQ_LSB[scheme]).mean() <= FLIPPED_SHARE, lengths
-        assert worst.max() <= FLIPPED_LSB, lengths
+        difference = np.abs(cut(runner, *lengths) - whole)
+        assert difference.max() <= QDQ_LSB[scheme], lengths
+        assert difference.mean() <= QDQ_MEAN[scheme] * whole.std(), lengths
 
 
 @pytest.mark.parametrize("exporter", ["optimum", "cached"])
