@@ -49,6 +49,7 @@ TEXT = [int(token) for token in np.random.default_rng(3).integers(0, 257, 24)]
 TABLES = {"llama": 2, "gpt2": 0, "gemma3": 4}  # of cosines and sines
 ARCHITECTURES = tuple(TABLES)
 QDQ_LSB = {"w8a16": 20, "w8a8": 1500}
+FLIPPED_SHARE, FLIPPED_LSB = 0.1, 1500
 QDQ_MEAN = {"w8a16": 0.001, "w8a8": 0.02}  # of the spread
 
 
@@ -96,7 +97,8 @@ def test_decoding_gives_what_prefill_gives(architecture: str, scheme: str) -> No
     assert np.ptp(whole) > 40_000
     for lengths in ((CHUNK,), (13,), ()):
         difference = np.abs(cut(runner, *lengths) - whole)
-        assert difference.max() <= QDQ_LSB[scheme], lengths
+        assert (difference.max(axis=-1) > QDQ_LSB[scheme]).mean() <= FLIPPED_SHARE, lengths
+        assert difference.max() <= FLIPPED_LSB, lengths
         assert difference.mean() <= QDQ_MEAN[scheme] * whole.std(), lengths
 
 
