@@ -30,7 +30,7 @@ from qnpu.compiler.cached_decoder import (
 from qnpu.compiler.caches import present_name
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.graph_edit import static_shape
+from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_io import io_encodings
 from qnpu.compiler.integer_model import PARITY_NAME
 from qnpu.compiler.pass_base import Compilation, Stage
@@ -156,7 +156,8 @@ def test_names_of_the_hub(exporter: str) -> None:
     assert decoder.prefill.encodings["past_key_0_in"].spec.bits == 8
     plain = compiled("llama", exporter=exporter)
     runners = [CachedRunner(d.integer_prefill, d.integer_decode) for d in (decoder, plain)]
-    np.testing.assert_array_equal(*(cut(runner, CHUNK) for runner in runners))
+    found, expected = (cut(runner, CHUNK) for runner in runners)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -197,8 +198,14 @@ def test_files(tmp_path: Path) -> None:
     assert set(report["outputs"]) == written - {"report.json"}  # type: ignore[call-overload]
     weights = (tmp_path / FILES[0]).stat().st_size
     linears = 64 * 257 * 2 + 64 * 257 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
-    exponentials = 2 * 2**16 * 8  # of each layer's softmax
-    assert 0 <= weights - linears - exponentials <= 32 * 4096  # once, for all four graphs
+    tables = {
+        value.const_value.tobytes()
+        for graph in (decoder.integer_prefill.graph, decoder.integer_decode.graph)
+        for value in graph.initializers.values()
+        if value.const_value and name_of(value).endswith(("_table", "_high", "_middle", "_low"))
+    }
+    shared = weights - linears - sum(map(len, tables))  # once, for all four graphs
+    assert 0 <= shared <= 32 * 4096
     for name in GRAPHS:
         assert (tmp_path / name).stat().st_size < weights / 2
         onnx.checker.check_model(str(tmp_path / name))
