@@ -15,7 +15,7 @@ from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.operands import input_operand
 from qnpu.runtime_check.exact_run import ExactGraph, RealWeights
 from qnpu.runtime_check.generate import CachedRunner
-from qnpu.runtime_check.paired_nodes import EXACT_KINDS
+from qnpu.runtime_check.paired_nodes import EXACT_KINDS, units
 from qnpu.runtime_check.session import Feeds, Mode
 from tests.conftest import Array
 from tests.test_cached_decoder import (
@@ -28,19 +28,25 @@ from tests.test_cached_decoder import (
 )
 
 SCHEME = "w8a16"
-INEXACT = frozenset({"norm", "softmax", "rotary", "multiply", "lookup"})
 architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
 
 
-def logits(architecture: str, on_integers: frozenset[str]) -> Array:
-    """Codes at each token of the text, from prefill and decode graph in turn."""
+def logits(architecture: str, *, on_integers: bool) -> Array:
+    """Codes at each token of the text, from prefill and decode graph in turn.
+
+    Args:
+        architecture: of the tiny decoder.
+        on_integers: every kind of operator is that is not exact; else none.
+    """
     made, weights = compiled(architecture, SCHEME), RealWeights()
     pairs = (
         (with_codes(made.prefill.model), made.integer_prefill),
         (with_codes(made.decode), made.integer_decode),
     )
-    runs = [ExactGraph(*pair, on_integers, weights) for pair in pairs]
-    assert runs[0].kinds - EXACT_KINDS <= INEXACT
+    kinds = {unit.kind for unit in units(pairs[0][0].graph, pairs[0][1].graph)} - EXACT_KINDS
+    assert {"norm", "attention"} <= kinds
+    runs = [ExactGraph(*pair, kinds if on_integers else (), weights) for pair in pairs]
+    assert runs[0].kinds - EXACT_KINDS == kinds
     runner = CachedRunner(pairs[0][0], pairs[1][0], runs=(runs[0], runs[1]))
     return np.concatenate([runner.read(TEXT[:16]), *(runner.read([t]) for t in TEXT[16:])])
 
@@ -55,7 +61,7 @@ def differences(one: Array, other: Array) -> Array:
 def test_with_every_inexact_kind_on_integers_it_is_the_integer_graph(architecture: str) -> None:
     made = compiled(architecture, SCHEME)
     runner = CachedRunner(made.integer_prefill, made.integer_decode)
-    np.testing.assert_array_equal(logits(architecture, INEXACT), runner.read(TEXT))
+    np.testing.assert_array_equal(logits(architecture, on_integers=True), runner.read(TEXT))
 
 
 @architectures
@@ -64,7 +70,7 @@ def test_alone_it_is_the_graph_of_float32_without_its_rounding(architecture: str
     runner = CachedRunner(
         with_codes(made.prefill.model), with_codes(made.decode), mode=Mode.REFERENCE
     )
-    found = logits(architecture, frozenset())
+    found = logits(architecture, on_integers=False)
     worst = differences(found, runner.read(TEXT))
     assert (worst > QDQ_LSB[SCHEME]).mean() <= FLIPPED_SHARE
     assert worst.max() <= FLIPPED_LSB
@@ -79,7 +85,7 @@ def test_a_text_cut_otherwise_is_the_same() -> None:
         with_codes(made.prefill.model), pair[0], runs=(_refused, ExactGraph(*pair))
     )
     alone = np.concatenate([runner.read([token]) for token in TEXT])
-    np.testing.assert_array_equal(alone, logits("llama", frozenset()))
+    np.testing.assert_array_equal(alone, logits("llama", on_integers=False))
 
 
 def _refused(names: object, feeds: object) -> list[Array]:
