@@ -36,7 +36,6 @@ from qnpu.runtime_check.generate import (
     CachedRunner,
     generate,
 )
-from qnpu.runtime_check.paired_nodes import EXACT_KINDS
 from qnpu.runtime_check.session import Array, Mode
 
 PROMPTS = (
@@ -124,8 +123,8 @@ class Graphs:
     ) -> tuple[str, str]:
         """The gap between the two next tokens, in both, and the kinds that lead to ours."""
         exact, whole = (_rows(runner, read)[-1].astype(int) for runner in (self.exact(()), integer))
-        inexact = sorted(set(self.kinds) - EXACT_KINDS)
-        leads = [kind for kind in inexact if _rows(self.exact((kind,)), read)[-1].argmax() == ours]
+        kinds = sorted(self.kinds)  # a tie that goes up, not to the even code, leads off, too
+        leads = [kind for kind in kinds if _rows(self.exact((kind,)), read)[-1].argmax() == ours]
         gap = f"{exact[theirs] - exact[ours]}, {whole[ours] - whole[theirs]}"
         return gap, ", ".join(leads) or "no kind alone"
 

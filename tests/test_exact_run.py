@@ -1,6 +1,6 @@
 """Q/DQ graphs in float64, whole or with integer functions in the place of some operators.
 
-Bounds, in LSB of the 16-bit logits: with every inexact kind on integers the codes are those of the
+Bounds, in LSB of the 16-bit logits: with every kind on integers the codes are those of the
 integer graph; alone they are ONNX Runtime's to 20 but for what an early tie moves (as in
 test_cached_decoder).
 """
@@ -15,7 +15,7 @@ from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.operands import input_operand
 from qnpu.runtime_check.exact_run import ExactGraph, RealWeights
 from qnpu.runtime_check.generate import CachedRunner
-from qnpu.runtime_check.paired_nodes import EXACT_KINDS, units
+from qnpu.runtime_check.paired_nodes import units
 from qnpu.runtime_check.session import Feeds, Mode
 from tests.conftest import Array
 from tests.test_cached_decoder import (
@@ -36,17 +36,17 @@ def logits(architecture: str, *, on_integers: bool) -> Array:
 
     Args:
         architecture: of the tiny decoder.
-        on_integers: every kind of operator is that is not exact; else none.
+        on_integers: every kind of operator is; else none.
     """
     made, weights = compiled(architecture, SCHEME), RealWeights()
     pairs = (
         (with_codes(made.prefill.model), made.integer_prefill),
         (with_codes(made.decode), made.integer_decode),
     )
-    kinds = {unit.kind for unit in units(pairs[0][0].graph, pairs[0][1].graph)} - EXACT_KINDS
-    assert {"norm", "attention"} <= kinds
+    kinds = {unit.kind for unit in units(pairs[0][0].graph, pairs[0][1].graph)}
+    assert {"norm", "linear"} <= kinds
     runs = [ExactGraph(*pair, kinds if on_integers else (), weights) for pair in pairs]
-    assert runs[0].kinds - EXACT_KINDS == kinds
+    assert runs[0].kinds == kinds
     runner = CachedRunner(pairs[0][0], pairs[1][0], runs=(runs[0], runs[1]))
     return np.concatenate([runner.read(TEXT[:16]), *(runner.read([t]) for t in TEXT[16:])])
 
@@ -58,7 +58,7 @@ def differences(one: Array, other: Array) -> Array:
 
 
 @architectures
-def test_with_every_inexact_kind_on_integers_it_is_the_integer_graph(architecture: str) -> None:
+def test_with_every_kind_on_integers_it_is_the_integer_graph(architecture: str) -> None:
     made = compiled(architecture, SCHEME)
     runner = CachedRunner(made.integer_prefill, made.integer_decode)
     np.testing.assert_array_equal(logits(architecture, on_integers=True), runner.read(TEXT))
