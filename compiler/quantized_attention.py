@@ -209,10 +209,10 @@ class _Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NarrowedResult:
-    """Codes that an attention may give at once.
+    """Codes that an operator may give at once.
 
     Attributes:
-        result: what becomes of the attention's result in the end.
+        result: what becomes of the operator's result in the end.
         layouts: operators that move its elements before that, in order.
     """
 
@@ -220,8 +220,13 @@ class NarrowedResult:
     layouts: tuple[ir.Node, ...]
 
     @classmethod
-    def of(cls, result: CodedResult) -> NarrowedResult:
-        """The narrower codes behind layout operators, where nothing else reads the wide ones."""
+    def of(cls, result: CodedResult, *, moved: bool = True) -> NarrowedResult:
+        """The narrower codes where nothing else reads the wide ones; the result itself elsewhere.
+
+        Args:
+            result: the wide codes.
+            moved: layout operators may lie between.
+        """
         layouts: list[ir.Node] = []
         codes = result.codes
         while True:
@@ -234,7 +239,7 @@ class NarrowedResult:
             if user is None or list(layout_inputs(user)) != [real] or len(user.outputs) > 1:
                 return cls(result, ())
             layouts.append(user)
-            moved = coded_results(user.outputs[0])
-            if not moved or len(moved) > 1 or not equal(moved[0].encoding, result.encoding):
+            behind = coded_results(user.outputs[0]) if moved else None
+            if not behind or len(behind) > 1 or not equal(behind[0].encoding, result.encoding):
                 return cls(result, ())
-            codes = moved[0].codes
+            codes = behind[0].codes

@@ -16,6 +16,7 @@ from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import rotary_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
+from qnpu.compiler.quantized_attention import NarrowedResult
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
@@ -41,6 +42,8 @@ class LowerRotary(Pass):
     than the Q/DQ graph is; from that it differs by 1 LSB of the result and half an LSB of each
     product, and by more where a product is clipped there.
 
+    A result that is only narrowed is narrow from the beginning.
+
     Must not fire where a product is used twice, a table is no constant, or shapes differ.
     """
 
@@ -61,8 +64,9 @@ class LowerRotary(Pass):
                 continue
             if one.shape != other.shape:
                 continue
-            made = [_rotated(editor, node, one, other, result) for result in results]
-            count += editor.take_over_all([result.codes for result in results], made)
+            narrow = [NarrowedResult.of(result, moved=False).result for result in results]
+            made = [_rotated(editor, node, one, other, result) for result in narrow]
+            count += editor.take_over_all([result.codes for result in narrow], made)
         if count:
             common.RemoveUnusedNodesPass()(model)
         return count

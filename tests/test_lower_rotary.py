@@ -75,6 +75,31 @@ def test_one_rounding(kind: str, operator: str, second: str) -> None:
     assert not np.array_equal(found, before)
 
 
+def test_a_result_that_is_narrowed() -> None:
+    """It is rounded once, to the narrow type."""
+    model = rotary("uint8")
+    a, b = spread(U8, 0), spread(U8, 1)
+    (wide,) = model.graph.outputs
+    constants = {"sn": ir.tensor(np.float32(0.2)), "zn": ir.tensor(np.uint8(100))}
+    values = [ir.Value(name=name, const_value=v) for name, v in constants.items()]
+    for value in values:
+        model.graph.register_initializer(value)
+    scale, zero = (model.graph.initializers[name] for name in ("sy", "zy"))
+    back = ir.node("DequantizeLinear", [wide, scale, zero])
+    narrow = ir.node("QuantizeLinear", [back.outputs[0], *values])
+    narrow.outputs[0].name, narrow.outputs[0].type = "n", ir.TensorType(ir.DataType.UINT8)
+    narrow.outputs[0].shape = wide.shape
+    model.graph.extend([back, narrow])
+    model.graph.outputs[0] = narrow.outputs[0]
+    assert apply(LowerRotary(), model) == 1
+    assert [(n.domain, n.op_type) for n in model.graph] == [("qnpu", "IntRotate")]
+    found = run_model(model, {"a": a, "b": b})[0].astype(int)
+    one, other = ((item.astype(np.float64) - 100) * np.float32(0.05) for item in (a, b))
+    tables = [np.rint(f(ANGLES) * 32767) * np.float32(0.000030518509) for f in (np.cos, np.sin)]
+    real = (one * tables[0] - other * tables[1]) / np.float32(0.2) + 100
+    assert np.abs(found - np.clip(real, 0, 255)).max() < 0.51
+
+
 @pytest.mark.parametrize(
     "model",
     [
