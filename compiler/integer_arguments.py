@@ -78,7 +78,7 @@ def short_arguments(point: ShortPoint, zero_point: int, spec: QuantSpec) -> Argu
     return {
         **{name: _word(m) for name, m in zip(names, point.multipliers, strict=True)},
         "offset": _word(start),
-        "shift": _word(point.shift),
+        "step": _word(1 << point.shift),
         "low": _word(point.lift + spec.q_min),
         "high": _word(point.lift + spec.q_max),
     }
@@ -97,9 +97,9 @@ def sum_bytes_arguments(point: SplitPoint, zero_point: int, spec: QuantSpec) -> 
     return {
         "multiplier": _word(point.multiplier),
         "fine_offset": _word(start % 256 + (point.fine_lift << 8)),
-        "eight": _word(8),
+        "radix": _word(256),
         "offset": _word(start // 256 + lifted - point.fine_lift),
-        "shift": _word(shift),
+        "step": _word(1 << shift),
         "low": _word(point.lift + spec.q_min),
         "high": _word(point.lift + spec.q_max),
     }
@@ -158,13 +158,12 @@ def rotate_arguments(
     unsigned = np.dtype(f"u{word.name}")
     lift = 1 << (8 * word.itemsize - (1 if word.itemsize == 4 else 2))
     lifted = lift >> numbers.shift
-    start = lift + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
+    one, other = (_whole(t) * z for t, z in zip(numbers.tables, zero_points, strict=True))
+    start = lift + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift) - one - other
     return {
-        "zero_a": np.array(zero_points[0], word),
-        "zero_b": np.array(zero_points[1], word),
         "table_a": numbers.tables[0],
         "table_b": numbers.tables[1],
-        "offset": np.array(start, unsigned),
+        "offset": np.asarray(start % (1 << (8 * word.itemsize)), dtype=unsigned),
         "shift": np.array(numbers.shift, unsigned),
         "low": np.array(lifted + spec.q_min, unsigned),
         "high": np.array(lifted + spec.q_max, unsigned),
@@ -260,8 +259,8 @@ def normalize_arguments(
     offset = start - value_zero * numbers.numerator
     fine = numbers.bytes > 2
     found = {
-        "wide_radix": np.array(256, np.int64),
-        "numerator": np.array(numbers.numerator * (1 if fine else 256), np.int64),
+        "radix": np.array(256, np.int64),
+        "numerator": np.array(numbers.numerator * numbers.unit, np.int64),
         "offset": np.array(offset, np.int64) if fine else _unsigned(offset),
         "shift": limits["shift"],
         "least": limits["low"],
@@ -270,7 +269,10 @@ def normalize_arguments(
         "last": np.array([-1], np.int64),
         "far": np.array([np.iinfo(np.int64).max], np.int64),
     }
-    return found if fine else found | {"radix": np.array(256, np.int32)}
+    if fine:
+        return found
+    parts = {"factor": 256 // numbers.unit, "divisor": numbers.unit}
+    return found | {name: np.array(number, np.int32) for name, number in parts.items()}
 
 
 def signed_arguments() -> Arguments:
@@ -319,16 +321,16 @@ def short_norm_arguments(
         spec: of the result.
     """
     found = norm_arguments(numbers, 1, zero_point, spec)
-    del found["gain"], found["axes"]
-    lifted = (1 << 31) >> numbers.shift
-    start = (1 << 31) + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
+    del found["gain"], found["axes"], found["shift"]
+    step = 1 << numbers.shift
+    lift = 1 << (30 - numbers.shift)
     return found | {
-        "zero": np.array(zero, np.int32),
+        "zero": _word(zero),
         "before_last": np.array([-2], np.int64),
-        "offset": np.array(start, np.uint32),
-        "shift": np.array(numbers.shift, np.uint32),
-        "low": np.array(lifted + spec.q_min, np.uint32),
-        "high": np.array(lifted + spec.q_max, np.uint32),
+        "offset": _word(step // 2 + (lift + zero_point) * step),
+        "step": _word(step),
+        "low": _word(lift + spec.q_min),
+        "high": _word(lift + spec.q_max),
     }
 
 
@@ -352,9 +354,9 @@ def _whole(numbers: ArrayLike) -> NDArray[Any]:
     return np.asarray(numbers).astype(object)
 
 
-def _word(numbers: ArrayLike) -> NDArray[np.uint32]:
-    """Numbers modulo 2^32."""
-    return np.asarray(_whole(numbers) % (1 << 32), dtype=np.uint32)
+def _word(numbers: ArrayLike) -> NDArray[np.int32]:
+    """Numbers modulo 2^32, signed."""
+    return np.asarray(_whole(numbers) % (1 << 32), dtype=np.uint32).view(np.int32)
 
 
 def _unsigned(numbers: ArrayLike) -> NDArray[np.uint64]:

@@ -4,7 +4,7 @@ Any runtime that knows ONNX functions runs them; a viewer shows one node where a
 operators stand. Sums are kept modulo 2^64 in uint64, because shifts are defined for unsigned
 integers alone: ``qnpu.compiler.integer_arguments`` lifts every sum by 2^62, so that none is
 negative, and what is left of that after the shift vanishes in the last cast. Those called Short do
-the same modulo 2^32, where ``qnpu.compiler.integer_short`` says that it is enough.
+the same in int32, dividing, where ``qnpu.compiler.integer_short`` says that it is enough.
 
 Bodies are in onnxscript; their twins in NumPy are in ``qnpu.runtime_check.reference``.
 """
@@ -51,30 +51,30 @@ def IntRequantizeFine(
 
 
 @script(QNPU, default_opset=op)
-def IntRequantizeShort(x, multiplier, offset, shift, low, high, to: int):
-    """As IntRequantize, modulo 2^32."""
-    sums = op.Cast(x, to=_UINT32) * multiplier + offset
-    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+def IntRequantizeShort(x, multiplier, offset, step, low, high, to: int):
+    """y = clip((x·multiplier + offset) / step, low, high), int32; the sum is not negative.
 
-
-@script(QNPU, default_opset=op)
-def IntSumBytesShort(a, b, multiplier, fine_offset, eight, offset, shift, low, high, to: int):
-    """y = clip((a·multiplier + ((b·multiplier + fine_offset) >> 8) + offset) >> shift, low, high).
-
-    Modulo 2^32; of sums of the two bytes of codes.
+    A division takes as long as a shift alone, and needs no cast to unsigned integers.
     """
-    fine = op.Cast(b, to=_UINT32) * multiplier + fine_offset
-    sums = op.Cast(a, to=_UINT32) * multiplier + offset
-    total = sums + op.BitShift(fine, eight, direction="RIGHT")
-    return op.Cast(op.Clip(op.BitShift(total, shift, direction="RIGHT"), low, high), to=to)
+    return op.Cast(op.Clip((x * multiplier + offset) / step, low, high), to=to)
 
 
 @script(QNPU, default_opset=op)
-def IntAddShort(a, b, multiplier_a, multiplier_b, offset, shift, low, high, to: int):
-    """As IntAdd, modulo 2^32."""
-    first = op.Cast(a, to=_UINT32) * multiplier_a
-    sums = op.Cast(b, to=_UINT32) * multiplier_b + offset + first
-    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+def IntSumBytesShort(a, b, multiplier, fine_offset, radix, offset, step, low, high, to: int):
+    """y = clip((a·multiplier + (b·multiplier + fine_offset) / radix + offset) / step, low, high).
+
+    int32, of sums of the two bytes of codes; what is divided is not negative.
+    """
+    fine = (b * multiplier + fine_offset) / radix
+    return op.Cast(op.Clip((a * multiplier + offset + fine) / step, low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntAddShort(a, b, multiplier_a, multiplier_b, offset, step, low, high, to: int):
+    """y = clip((a·multiplier_a + b·multiplier_b + offset) / step, low, high), as before."""
+    first = op.Cast(a, to=_INT32) * multiplier_a
+    sums = op.Cast(b, to=_INT32) * multiplier_b + offset + first
+    return op.Cast(op.Clip(sums / step, low, high), to=to)
 
 
 @script(QNPU, default_opset=op)
@@ -119,27 +119,13 @@ def IntMul(a, b, zero_a, zero_b, multiplier, offset, shift, low, high, to: int):
 
 
 @script(QNPU, default_opset=op)
-def IntRotate(
-    a,
-    b,
-    zero_a,
-    zero_b,
-    table_a,
-    table_b,
-    offset,
-    shift,
-    low,
-    high,
-    to: int,
-    word: int,
-    unsigned: int,
-):
-    """y = clip(((a - zero_a)·table_a + (b - zero_b)·table_b + offset) >> shift).
+def IntRotate(a, b, table_a, table_b, offset, shift, low, high, to: int, word: int, unsigned: int):
+    """y = clip((a·table_a + b·table_b + offset) >> shift).
 
-    The sum is of type ``word``, and shifted as ``unsigned``, which has as many bits.
+    The sum is of type ``word``, and shifted as ``unsigned``, which has as many bits. Zero points
+    are in the offset, of which there is one per element.
     """
-    first = (op.Cast(a, to=word) - zero_a) * table_a
-    turned = (op.Cast(b, to=word) - zero_b) * table_b + first
+    turned = op.Cast(b, to=word) * table_b + op.Cast(a, to=word) * table_a
     sums = op.Cast(turned, to=unsigned) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
@@ -216,30 +202,43 @@ def IntExponentialsFine(
 
 @script(QNPU, default_opset=op)
 def IntNormalize(
-    high, low, radix, wide_radix, numerator, offset, shift, least, most, first, last, far, to: int
+    high,
+    low,
+    factor,
+    divisor,
+    radix,
+    numerator,
+    offset,
+    shift,
+    least,
+    most,
+    first,
+    last,
+    far,
+    to: int,
 ):
-    """y = clip((n·⌊radix·numerator / Σe⌋ + offset) >> shift), n = high + low / radix.
+    """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift), n = high·factor + low / divisor.
 
     Σe is the last column of radix·high + low; y has none for it.
     """
-    above = op.Cast(op.Slice(high, last, far, last), to=_INT64) * wide_radix
+    above = op.Cast(op.Slice(high, last, far, last), to=_INT64) * radix
     total = above + op.Cast(op.Slice(low, last, far, last), to=_INT64)
     share = op.Cast(numerator / total, to=_UINT64)
-    sums = op.Cast(high + low / radix, to=_UINT64) * share + offset
+    sums = op.Cast(high * factor + low / divisor, to=_UINT64) * share + offset
     codes = op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), least, most), to=to)
     return op.Slice(codes, first, last, last)
 
 
 @script(QNPU, default_opset=op)
 def IntNormalizeFine(
-    high, middle, low, wide_radix, numerator, offset, shift, least, most, first, last, far, to: int
+    high, middle, low, radix, numerator, offset, shift, least, most, first, last, far, to: int
 ):
     """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift), n = radix·(radix·high + middle) + low.
 
     Σe is the last column of n; y has none for it.
     """
-    above = op.Cast(high, to=_INT64) * wide_radix + op.Cast(middle, to=_INT64)
-    sums = above * wide_radix + op.Cast(low, to=_INT64)
+    above = op.Cast(high, to=_INT64) * radix + op.Cast(middle, to=_INT64)
+    sums = above * radix + op.Cast(low, to=_INT64)
     share = numerator / op.Slice(sums, last, far, last)
     lifted = op.Cast(sums * share + offset, to=_UINT64)
     codes = op.Cast(op.Clip(op.BitShift(lifted, shift, direction="RIGHT"), least, most), to=to)
@@ -317,7 +316,7 @@ def IntRMSNormShort(
     two,
     numerator,
     offset,
-    shift,
+    step,
     low,
     high,
     to: int,
@@ -331,8 +330,7 @@ def IntRMSNormShort(
     squares = op.MatMul(op.Unsqueeze(wide, before_last), op.Unsqueeze(wide, last))
     energy = op.Squeeze(squares, last) * prescale + epsilon
     share = op.Cast(numerator / QNPU.IntSqrt(energy, powers, starts, last, two), to=_INT32)
-    sums = op.Cast(centred * share, to=_UINT32) + offset
-    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+    return op.Cast(op.Clip((centred * share + offset) / step, low, high), to=to)
 
 
 @script(QNPU, default_opset=op)

@@ -180,13 +180,14 @@ class AttentionNumbers:
     """What an attention counts with that never forms its probabilities.
 
     y = ((Σ e_j·v_j)·⌊numerator / Σ e_j⌋ >> shift) + z, with e_j = exponentials[d], d being
-    max x - x_j in steps, rounded; of two bytes Σ e_j·v_j in steps of 256.
+    max x - x_j in steps, rounded.
 
     Attributes:
-        exponentials: round((2^(8·bytes) - 1) · exp(-s_x·step·d)), int64; the last is 0.
+        exponentials: round(e_0 · exp(-s_x·step·d)), int64; the last is 0.
         bytes: of an exponential: two are enough for results of 8 bits, and 2^16 steps; three and
             2^17 steps for 16 bits.
         step: LSB of the scores.
+        unit: in which Σ e_j·v_j of two bytes is known: 1 where it fits int32, else 256.
         numerator: ⌊2^shift · s_v/s_y⌋, divided by each row's sum.
         shift: bits behind the point.
     """
@@ -194,20 +195,28 @@ class AttentionNumbers:
     exponentials: NDArray[np.int64]
     bytes: int
     step: int
+    unit: int
     numerator: int
     shift: int
 
 
-def attention_numbers(scale: Fraction, value_scale: Fraction, result: Encoding) -> AttentionNumbers:
+_FEW_KEYS = 512  # times 128 and 2^15 is 2^31
+
+
+def attention_numbers(
+    scale: Fraction, value_scale: Fraction, result: Encoding, keys: int
+) -> AttentionNumbers:
     """Numbers of an attention.
 
     Args:
         scale: s_x, real units per LSB of a score; above 0.
         value_scale: s_v, real units per LSB of a value.
         result: encoding of what comes out.
+        keys: at most, of which one row has exponentials.
     """
     count = 2 if result.spec.bits <= 8 else 3
-    most = (1 << (8 * count)) - 1
+    narrow = count == 2 and keys <= _FEW_KEYS
+    most = (1 << (8 * count - narrow)) - 1
     reach = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
     step = ceil(reach / ((1 << (count + 14)) - 2))
     distances = np.arange(ceil(reach / step) + 1) * float(step)
@@ -217,7 +226,10 @@ def attention_numbers(scale: Fraction, value_scale: Fraction, result: Encoding) 
     size = (ratio.numerator // ratio.denominator).bit_length()
     shift = min(most_shift(result.spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
     whole = ratio * (1 << shift)
-    return AttentionNumbers(exponentials, count, step, whole.numerator // whole.denominator, shift)
+    unit = 256 if count == 2 and not narrow else 1
+    return AttentionNumbers(
+        exponentials, count, step, unit, whole.numerator // whole.denominator, shift
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -317,7 +329,7 @@ def norm_numbers(
     )
 
 
-_SHORT_BITS = 30  # of a product, so that 2^31 lifts it to what uint32 holds
+_SHORT_BITS = 29  # of a product, so that it stays in int32 when 2^30 lifts it above 0
 
 
 def short_norm_numbers(
@@ -325,7 +337,7 @@ def short_norm_numbers(
 ) -> NormNumbers | None:
     """Numbers of an RMSNorm whose last product takes 32 bits.
 
-    A row's reciprocal root has 9 bits at least, so 8-bit results are off by 0.2 LSB at most.
+    A row's reciprocal root has 8 bits at least, so 8-bit results are off by 0.4 LSB at most.
 
     Args:
         norm: its shape.
@@ -343,7 +355,7 @@ def short_norm_numbers(
     ratio = Fraction(isqrt(norm.features << 64), 1 << 32)
     ratio *= Fraction(one[1]) / Fraction(float(result.scale))
     size = (ratio.numerator // ratio.denominator).bit_length()
-    shift = min(_SHORT_BITS - size, 29 - stored_bits(result.spec))  # a zero point is below 2^29
+    shift = min(_SHORT_BITS - size, 28 - stored_bits(result.spec))  # a zero point is below 2^28
     if shift < 1:
         return None
     half = (wide.prescale.bit_length() - 1) // 2

@@ -1,13 +1,13 @@
-"""Requantization in 32 bits, where ratios of scales are small whole numbers times 2^-k.
+"""Requantization in int32, where ratios of scales are small whole numbers times 2^-k.
 
 Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data::
 
     y = clamp(⌊Σ_i a_i · M_i + f + 1/2⌋ + z)
       = clamp(((Σ_i a_i · m_i + ⌊f · 2^k⌋ + 2^(k-1)) >> k) + z)
 
-as Σ a·m and 2^(k-1) are whole. Sums are kept modulo 2^32, lifted so that none is negative; the
-least and the greatest number that each a can be prove that they are below 2^32. Float32 does the
-same where products stay below 2^24: there it is exact as well (QLinearMatMul).
+as Σ a·m and 2^(k-1) are whole. Sums are lifted so that none is negative, and a division by 2^k is a
+shift; the least and the greatest number that each a can be prove that they are below 2^31. Float32
+does the same where products stay below 2^24: there it is exact as well (QLinearMatMul).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qnpu.compiler.quant_types import Encoding, QuantSpec
 
 BYTE = QuantSpec(8, signed=False, symmetric=False)
 """Of either half of 16-bit codes."""
-_WORD = 1 << 32
+_WORD = 1 << 31
 _FLOAT_WHOLE = 1 << 24  # up to here float32 holds every whole number
 _FLOAT_SHIFT = 120  # m·2^-shift is a normal float32
 
@@ -65,7 +65,7 @@ class ShortPoint:
 def short_point(
     terms: Sequence[Term], addends: Sequence[Fraction], zero_point: int, spec: QuantSpec
 ) -> ShortPoint | None:
-    """Integers for ratios; None where a ratio has an odd denominator or a sum may leave 32 bits.
+    """Integers for ratios; None where a ratio has an odd denominator or a sum may leave int32.
 
     Args:
         terms: what is added up.
@@ -108,7 +108,7 @@ def _lifted(
         least = min(least, sum(map(min, ends)) + fixed)
         most = max(most, sum(map(max, ends)) + fixed)
     lift = _whole_lift(least, unit, spec)
-    if max(most, spec.q_max * unit) + lift * unit >= _WORD:
+    if most + lift * unit >= _WORD:
         return None
     return ShortPoint(
         multipliers=tuple(_array(numbers) for numbers in factors),
@@ -180,7 +180,7 @@ def split_point(
         least = min(least, min(pair) + ((min(pair) + start) >> 8) + fixed)
         most = max(most, max(pair) + ((max(pair) + start) >> 8) + fixed)
     lift = _whole_lift(least, coarse, spec)
-    if max(most, spec.q_max * coarse) + lift * coarse >= _WORD:
+    if most + lift * coarse >= _WORD:
         return None
     return SplitPoint(_array(factors), shift, _array(starts), fine_lift, lift)
 

@@ -232,7 +232,7 @@ class _Widths:
             if is_dynamic_matmul(node):
                 count += self._narrow_sources(node, 1)
             if makes_scores(node):
-                count += self._narrow(node, 0, self._scheme.query_bits)
+                count += self._narrow_queries(node, 0)
         self._measure_groups()  # keys and values have left the groups they were in
         for node, linear in self._linears.items():
             index = list(node.inputs).index(linear.activation)
@@ -285,6 +285,16 @@ class _Widths:
             if operand.is_graph_output():
                 _hand_out(self._graph, operand, narrow)
         return count
+
+    def _narrow_queries(self, node: ir.Node, index: int) -> int:
+        """As ``_narrow_sources``: both halves before they are put together again."""
+        operand = node.inputs[index]
+        producer = operand.producer() if operand is not None else None
+        tied = layout_inputs(producer) if producer is not None else []
+        if producer is not None and tied and all(_is_queries(value) for value in tied):
+            places = [list(producer.inputs).index(value) for value in tied]
+            return sum(self._narrow_queries(producer, place) for place in places)
+        return self._narrow(node, index, self._scheme.query_bits)
 
     def _narrow(self, node: ir.Node, index: int, bits: int) -> int:
         value = node.inputs[index]
@@ -353,6 +363,12 @@ def _is_keys_or_values(value: ir.Value) -> bool:
     """True where a value is the second operand of attention's MatMuls and nothing else."""
     uses = computing_uses(value)
     return bool(uses) and all(is_dynamic_matmul(node) and index == 1 for node, index in uses)
+
+
+def _is_queries(value: ir.Value) -> bool:
+    """True where a value is the first operand of MatMuls that make scores and nothing else."""
+    uses = computing_uses(value)
+    return bool(uses) and all(makes_scores(node) and index == 0 for node, index in uses)
 
 
 def _joins_residual_or_output(value: ir.Value) -> bool:

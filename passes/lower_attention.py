@@ -39,13 +39,13 @@ class LowerAttention(Pass):
           → Add(mask) → Q → DQ → Softmax → Q → DQ  →   qnpu.IntExponentials
           → MatMul(DQ(v)) → Q                          2 MatMulInteger, qnpu.IntNormalize
 
-    e_j = exp(-s·(max x - x_j)) from a table, as 16 bits, the largest of a row being 65,535, or as
-    24 where y has 16; y = ⌊Σ e_j·v_j / Σ e_j · s_v/s_y + 1/2⌋ + z. Scores stay sums in 32 bits, and
-    the division comes last, of as many numbers as come out: neither scores nor probabilities are
-    rounded or clipped on the way, so this is nearer to the float graph than the Q/DQ graph is.
-    Σ e_j is one more column of the values, all ones. Codes that are only moved and then narrowed
-    are narrow from the beginning. Where a constant mask hides keys from whole groups of queries,
-    as a causal one does, those are left out.
+    e_j = exp(-s·(max x - x_j)) from a table, as 15 or 16 bits, or as 24 where y has 16;
+    y = ⌊Σ e_j·v_j / Σ e_j · s_v/s_y + 1/2⌋ + z. Scores stay sums in 32 bits, and the division
+    comes last, of as many numbers as come out: neither scores nor probabilities are rounded or
+    clipped on the way, so this is nearer to the float graph than the Q/DQ graph is. Σ e_j is one
+    more column of the values, all ones. Codes that are only moved and then narrowed are narrow
+    from the beginning. Where a constant mask hides keys from whole groups of queries, as a causal
+    one does, those are left out.
 
     Must not fire where scores go through anything but one mask and factors above 0, where one of
     them is read elsewhere, keys or values have more than 8 bits, queries are signed with 16, sums
@@ -123,7 +123,12 @@ class _Lowering:
             editor,
             attention,
             result,
-            attention_numbers(attention.scale, Fraction(attention.values.scale), result.encoding),
+            attention_numbers(
+                attention.scale,
+                Fraction(attention.values.scale),
+                result.encoding,
+                attention.shape[-1],
+            ),
             parts,
             _signed(editor, attention.keys, node),
             (_with_ones(editor, values, node), zero),

@@ -149,7 +149,7 @@ def attention(
 ) -> Codes:
     """y = clamp(⌊(Σ_j e_j·v_j·⌊numerator / Σe⌋ - z_v·numerator) / 2^shift + 1/2⌋ + z).
 
-    Of two bytes, Σ_j e_j·v_j is taken in steps of 256: that of high bytes, and what low ones give.
+    In a unit above 1, Σ_j e_j·v_j is that of high bytes and what low ones give, cut off.
 
     Args:
         weights: e, shape (…, S, T).
@@ -160,12 +160,12 @@ def attention(
         spec: of the result.
     """
     wide, total = values.astype(np.int64), weights.sum(axis=-1, keepdims=True)
-    if numbers.bytes > 2:
-        sums = weights @ wide * (numbers.numerator // total)
+    if numbers.unit == 1:
+        mixed = weights @ wide
     else:
         low = (weights & 255) @ wide
-        mixed = (weights >> 8) @ wide + np.sign(low) * (np.abs(low) // 256)
-        sums = mixed * (256 * numbers.numerator // total)
+        mixed = (weights >> 8) @ wide + np.sign(low) * (np.abs(low) // numbers.unit)
+    sums = mixed * (numbers.unit * numbers.numerator // total)
     sums = sums - value_zero * numbers.numerator
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
 

@@ -378,9 +378,11 @@ def test_a_scheme_may_narrow_queries() -> None:
     """Those of scores; what weighs values stays wide."""
     compilation = Compilation(
         parse("""
-        g (float[4, 4] q, float[4, 4] k, float[4, 4] v) => (float[4, 4] y)
+        g (float[4, 2] p, float[4, 2] q, float[4, 4] k, float[4, 4] v) => (float[4, 4] y)
         {
-            query = Relu(q)
+            first = Relu(p)
+            second = Relu(q)
+            query = Concat<axis: int = 1>(first, second)
             scores = MatMul(query, k)
             weights = Softmax(scores)
             y = MatMul(weights, v)
@@ -388,10 +390,12 @@ def test_a_scheme_may_narrow_queries() -> None:
         """)
     )
     AssignBitWidths(Scheme("w8a8", 8, 8, 8, query_bits=8)).run(compilation)
-    assert "scores = MatMul(query_requantized, k)" in body(compilation)
-    assert "y = MatMul(weights, v)" in body(compilation)
+    lines = body(compilation)
+    assert "query = Concat<axis: int = 1>(first_requantized, second_requantized)" in lines
+    assert "y = MatMul(weights, v)" in lines
     plan = specs(compilation)
-    assert (plan["query"], plan["query_requantized"], plan["weights"]) == (U16, U8, U16)
+    assert (plan["first"], plan["first_requantized"], plan["query"]) == (U16, U8, U8)
+    assert plan["weights"] == U16
     assert AssignBitWidths(Scheme("w8a8", 8, 8, 8, query_bits=8)).run(compilation) == 0
 
 

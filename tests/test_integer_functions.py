@@ -238,7 +238,8 @@ def test_signed() -> None:
 
 @each_spec
 @pytest.mark.parametrize("scale", [Fraction(1, 50), Fraction(1, 10**6)], ids=["coarse", "fine"])
-def test_attention(spec: QuantSpec, scale: Fraction) -> None:
+@pytest.mark.parametrize("keys", [512, 513])
+def test_attention(spec: QuantSpec, scale: Fraction, keys: int) -> None:
     """Exponentials and their share, of rows with a mask, and of one where all is masked."""
     generator = np.random.default_rng(0)
     reach = 20 * scale.denominator
@@ -247,7 +248,7 @@ def test_attention(spec: QuantSpec, scale: Fraction) -> None:
     mask = np.stack([mask, np.full(60, -50 * scale.denominator, np.int32)])[[0] * 19 + [1]]
     values = codes(S8, 3, 60, 8)
     zero, step = (spec.q_min + spec.q_max) // 3, 2.0 ** (1 - spec.bits)
-    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step))
+    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step), keys)
     fine = spec.bits > 8
     assert (numbers.step > 1, numbers.bytes) == (
         scale.numerator * 10**5 < scale.denominator,
@@ -260,7 +261,9 @@ def test_attention(spec: QuantSpec, scale: Fraction) -> None:
     shifts = range(8 * (numbers.bytes - 1), -1, -8)
     total = sum(a.astype(np.int64) << b for a, b in zip(parts, shifts, strict=True))
     np.testing.assert_array_equal(total, weights)
-    assert weights[..., :40].max() == weights.max() == (1 << (8 * numbers.bytes)) - 1
+    bits = 24 if fine else 15 if keys == 512 else 16
+    assert weights[..., :40].max() == weights.max() == (1 << bits) - 1
+    assert numbers.unit == (256 if bits == 16 else 1)
     columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)
     sums = [(part.astype(np.int64) @ columns).astype(np.int32) for part in parts]
     found = call(

@@ -218,7 +218,7 @@ def test_ratios_too_small_for_float32() -> None:
     features = 4096
     model = parse(f"""
         g (uint8[1, {features}] a, int8[{features}, 1] w) => (uint8[1, 1] y)
-        <float[1] sw = {{31.0}}, int8[1] zw = {{0}}, float sa = {{1.0}},
+        <float[1] sw = {{15.0}}, int8[1] zw = {{0}}, float sa = {{1.0}},
          uint8 za = {{0}}, float sy = {{16777216.0}}, uint8 zy = {{0}}>
         {{ ra = DequantizeLinear(a, sa, za) rw = DequantizeLinear<axis = 1>(w, sw, zw)
            h = MatMul(ra, rw) y = QuantizeLinear(h, sy, zy) }}
@@ -226,4 +226,4 @@ def test_ratios_too_small_for_float32() -> None:
     with_constant(model, "w", np.full((features, 1), 127), ir.DataType.INT8)
     found = folded(model, a=np.full((1, features), 254, np.uint8))
     assert operators(model) == ["MatMulInteger", "IntRequantizeShort"]
-    assert int(found[0, 0]) == round_half_up(Fraction(features * 127 * 254 * 31, 1 << 24))
+    assert int(found[0, 0]) == round_half_up(Fraction(features * 127 * 254 * 15, 1 << 24))
