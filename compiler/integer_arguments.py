@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnpu.compiler.integer_math import (
     LIFT_BITS,
+    ROOT_START,
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
@@ -217,22 +218,17 @@ def softmax_arguments(
 
 
 def exponentials_arguments(numbers: AttentionNumbers, elements: int) -> Arguments:
-    """Of IntExponentials along the last axis, or IntExponentialsFine where they have three bytes.
+    """Of IntExponentials along the last axis.
 
     Args:
         numbers: of the attention.
         elements: how many scores there are; 0 where that is not known.
     """
     table = numbers.exponentials
-    names = ("high", "low") if numbers.bytes == 2 else ("high", "middle", "low")
-    shifts = range(8 * (numbers.bytes - 1), -1, -8)
-    parts = {
-        name: (table >> shift & 255).astype(np.uint8)
-        for name, shift in zip(names, shifts, strict=True)
-    }
-    layout = lookup_arguments(parts["low"], elements)
+    layout = lookup_arguments((table & 255).astype(np.uint8), elements)
     return {
-        **parts,
+        "high": (table >> 8).astype(np.uint8),
+        "low": layout["table"],
         "axes": np.array([-1], np.int64),
         "half": np.array(numbers.step // 2, np.int32),
         "step": np.array(numbers.step, np.int32),
@@ -246,7 +242,7 @@ def exponentials_arguments(numbers: AttentionNumbers, elements: int) -> Argument
 def normalize_arguments(
     numbers: AttentionNumbers, value_zero: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:
-    """Of IntNormalize and IntNormalizeFine.
+    """Of IntNormalize.
 
     Args:
         numbers: of the attention.
@@ -257,11 +253,12 @@ def normalize_arguments(
     limits = _limits(numbers.shift, spec)
     start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
     offset = start - value_zero * numbers.numerator
-    fine = numbers.bytes > 2
-    found = {
+    return {
+        "factor": np.array(256 // numbers.unit, np.int32),
+        "divisor": np.array(numbers.unit, np.int32),
         "radix": np.array(256, np.int64),
         "numerator": np.array(numbers.numerator * numbers.unit, np.int64),
-        "offset": np.array(offset, np.int64) if fine else _unsigned(offset),
+        "offset": _unsigned(offset),
         "shift": limits["shift"],
         "least": limits["low"],
         "most": limits["high"],
@@ -269,10 +266,6 @@ def normalize_arguments(
         "last": np.array([-1], np.int64),
         "far": np.array([np.iinfo(np.int64).max], np.int64),
     }
-    if fine:
-        return found
-    parts = {"factor": 256 // numbers.unit, "divisor": numbers.unit}
-    return found | {name: np.array(number, np.int32) for name, number in parts.items()}
 
 
 def signed_arguments() -> Arguments:
@@ -298,14 +291,24 @@ def norm_arguments(
         "axes": np.arange(-axes, 0, dtype=np.int64),
         "epsilon": np.array(numbers.epsilon, np.int64),
         "prescale": np.array(numbers.prescale, np.int64),
-        "powers": 4 ** np.arange(_ROOTS, dtype=np.int64),
-        "starts": 1 << np.arange(_ROOTS + 1, dtype=np.int64),
-        "last": np.array([-1], np.int64),
-        "two": np.array(2, np.int64),
+        **root_arguments(),
         "numerator": np.array(numbers.numerator, np.int64),
         "gain": numbers.gain,
         "offset": _unsigned(_whole(numbers.bias) + start),
         **_limits(numbers.shift, spec),
+    }
+
+
+def root_arguments() -> Arguments:
+    """Of IntReciprocalRoot, but for its numerator."""
+    sizes = np.arange(_ROOTS, -1, -1, dtype=np.int64)
+    return {
+        "powers": 4 ** np.arange(_ROOTS, dtype=np.int64),
+        "fours": 4**sizes,
+        "twos": 2**sizes,
+        "start": np.array(ROOT_START, np.int64),
+        "last": np.array([-1], np.int64),
+        "two": np.array(2, np.int64),
     }
 
 

@@ -170,34 +170,15 @@ def IntSigned(x, half):
 
 
 @script(QNPU, default_opset=op)
-def IntDistances(scores, mask, axes, half, step, none, last, rows):
-    """⌊(max x - x + half) / step⌋, at most last, x = scores + mask, int32; shape (rows, …)."""
-    masked = scores + mask
-    distances = (op.ReduceMax(masked, axes, keepdims=1) + half - masked) / step
-    return op.Reshape(op.Clip(distances, none, last), rows)
-
-
-@script(QNPU, default_opset=op)
 def IntExponentials(scores, mask, axes, half, step, none, last, high, low, copies, rows):
     """Two bytes of e = table[⌊(max x - x + half) / step⌋], x = scores + mask, int32."""
-    index = QNPU.IntDistances(scores, mask, axes, half, step, none, last, rows)
+    masked = scores + mask
+    distances = (op.ReduceMax(masked, axes, keepdims=1) + half - masked) / step
+    index = op.Reshape(op.Clip(distances, none, last), rows)
     shape = op.Shape(scores)
     first = op.Reshape(op.GatherElements(op.Expand(high, copies), index, axis=1), shape)
     second = op.Reshape(op.GatherElements(op.Expand(low, copies), index, axis=1), shape)
     return first, second
-
-
-@script(QNPU, default_opset=op)
-def IntExponentialsFine(
-    scores, mask, axes, half, step, none, last, high, middle, low, copies, rows
-):
-    """As IntExponentials, three bytes."""
-    index = QNPU.IntDistances(scores, mask, axes, half, step, none, last, rows)
-    shape = op.Shape(scores)
-    first = op.Reshape(op.GatherElements(op.Expand(high, copies), index, axis=1), shape)
-    second = op.Reshape(op.GatherElements(op.Expand(middle, copies), index, axis=1), shape)
-    third = op.Reshape(op.GatherElements(op.Expand(low, copies), index, axis=1), shape)
-    return first, second, third
 
 
 @script(QNPU, default_opset=op)
@@ -230,22 +211,6 @@ def IntNormalize(
 
 
 @script(QNPU, default_opset=op)
-def IntNormalizeFine(
-    high, middle, low, radix, numerator, offset, shift, least, most, first, last, far, to: int
-):
-    """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift), n = radix·(radix·high + middle) + low.
-
-    Σe is the last column of n; y has none for it.
-    """
-    above = op.Cast(high, to=_INT64) * radix + op.Cast(middle, to=_INT64)
-    sums = above * radix + op.Cast(low, to=_INT64)
-    share = numerator / op.Slice(sums, last, far, last)
-    lifted = op.Cast(sums * share + offset, to=_UINT64)
-    codes = op.Cast(op.Clip(op.BitShift(lifted, shift, direction="RIGHT"), least, most), to=to)
-    return op.Slice(codes, first, last, last)
-
-
-@script(QNPU, default_opset=op)
 def IntWhere(condition, a, b, to: int):
     """y = a where the condition holds, else b."""
     chosen = op.Where(condition, op.Cast(a, to=_INT32), op.Cast(b, to=_INT32))
@@ -263,14 +228,22 @@ def IntSoftmax(x, exponentials, axes, numerator, offset, shift, high, to: int):
 
 
 @script(QNPU, default_opset=op)
-def IntSqrt(n, powers, starts, last, two):
-    """√n by four steps of Newton's method, from the power of two above; powers = 4^j."""
+def IntReciprocalRoot(n, numerator, powers, fours, twos, start, last, two):
+    """⌊numerator / √n⌋, of n·4^t, which is near 2^62, t being the most that allows.
+
+    √(n·4^t) by four steps of Newton's method from ``start``, to 30 bits; powers = 4^j.
+    """
     above = op.Cast(op.GreaterOrEqual(op.Unsqueeze(n, last), powers), to=_INT64)
-    root0 = op.Gather(starts, op.ReduceSum(above, last, keepdims=0))
-    root1 = (root0 + n / root0) / two
-    root2 = (root1 + n / root1) / two
-    root3 = (root2 + n / root2) / two
-    return (root3 + n / root3) / two
+    size = op.ReduceSum(above, last, keepdims=0)
+    scaled = n * op.Gather(fours, size)
+    root1 = (start + scaled / start) / two
+    root2 = (root1 + scaled / root1) / two
+    root3 = (root2 + scaled / root2) / two
+    root4 = (root3 + scaled / root3) / two
+    whole = numerator / root4
+    rest = numerator - whole * root4
+    shift = op.Gather(twos, size)
+    return whole * shift + rest * shift / root4
 
 
 @script(QNPU, default_opset=op)
@@ -280,11 +253,13 @@ def IntRMSNorm(
     axes,
     epsilon,
     prescale,
+    numerator,
     powers,
-    starts,
+    fours,
+    twos,
+    start,
     last,
     two,
-    numerator,
     gain,
     offset,
     shift,
@@ -298,7 +273,7 @@ def IntRMSNorm(
     """
     centred = op.Cast(x, to=_INT64) - zero
     energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
-    share = numerator / QNPU.IntSqrt(energy, powers, starts, last, two)
+    share = QNPU.IntReciprocalRoot(energy, numerator, powers, fours, twos, start, last, two)
     sums = op.Cast(centred * gain * share, to=_UINT64) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
@@ -310,11 +285,13 @@ def IntRMSNormShort(
     before_last,
     epsilon,
     prescale,
+    numerator,
     powers,
-    starts,
+    fours,
+    twos,
+    start,
     last,
     two,
-    numerator,
     offset,
     step,
     low,
@@ -329,7 +306,8 @@ def IntRMSNormShort(
     wide = op.Cast(centred, to=_INT64)
     squares = op.MatMul(op.Unsqueeze(wide, before_last), op.Unsqueeze(wide, last))
     energy = op.Squeeze(squares, last) * prescale + epsilon
-    share = op.Cast(numerator / QNPU.IntSqrt(energy, powers, starts, last, two), to=_INT32)
+    wide_share = QNPU.IntReciprocalRoot(energy, numerator, powers, fours, twos, start, last, two)
+    share = op.Cast(wide_share, to=_INT32)
     return op.Cast(op.Clip((centred * share + offset) / step, low, high), to=to)
 
 
@@ -342,11 +320,13 @@ def IntLayerNorm(
     axes,
     epsilon,
     prescale,
+    numerator,
     powers,
-    starts,
+    fours,
+    twos,
+    start,
     last,
     two,
-    numerator,
     gain,
     offset,
     shift,
@@ -358,7 +338,7 @@ def IntLayerNorm(
     fine = op.Cast(x, to=_INT64) * finer
     centred = fine - (op.ReduceSum(fine, axes, keepdims=1) + half) / size
     energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
-    share = numerator / QNPU.IntSqrt(energy, powers, starts, last, two)
+    share = QNPU.IntReciprocalRoot(energy, numerator, powers, fours, twos, start, last, two)
     sums = op.Cast(centred * gain * share, to=_UINT64) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
@@ -378,24 +358,19 @@ _BODIES = (
     IntLookup,
     IntLookupPair,
     IntSigned,
-    IntDistances,
     IntExponentials,
-    IntExponentialsFine,
     IntNormalize,
-    IntNormalizeFine,
     IntWhere,
     IntSoftmax,
-    IntSqrt,
+    IntReciprocalRoot,
     IntRMSNorm,
     IntRMSNormShort,
     IntLayerNorm,
 )
 NEEDS = {
-    "IntExponentials": ("IntDistances",),
-    "IntExponentialsFine": ("IntDistances",),
-    "IntRMSNorm": ("IntSqrt",),
-    "IntRMSNormShort": ("IntSqrt",),
-    "IntLayerNorm": ("IntSqrt",),
+    "IntRMSNorm": ("IntReciprocalRoot",),
+    "IntRMSNormShort": ("IntReciprocalRoot",),
+    "IntLayerNorm": ("IntReciprocalRoot",),
 }
 """Function → functions its body calls."""
 

@@ -27,6 +27,8 @@ from qnpu.compiler.quant_types import Encoding, QuantSpec
 
 LIFT_BITS = 62
 """2^62 is added to sums before a logical shift: none is negative then."""
+ROOT_START = 3 << 29
+"""Where Newton's method begins, for a root of 2^30 to 2^31."""
 _MOST_FINE = 30
 
 CLOSE = Fraction(1, 1 << 28)
@@ -184,16 +186,13 @@ class AttentionNumbers:
 
     Attributes:
         exponentials: round(e_0 · exp(-s_x·step·d)), int64; the last is 0.
-        bytes: of an exponential: two are enough for results of 8 bits, and 2^16 steps; three and
-            2^17 steps for 16 bits.
         step: LSB of the scores.
-        unit: in which Σ e_j·v_j of two bytes is known: 1 where it fits int32, else 256.
+        unit: in which Σ e_j·v_j is known: 1 where it fits int32, else 256.
         numerator: ⌊2^shift · s_v/s_y⌋, divided by each row's sum.
         shift: bits behind the point.
     """
 
     exponentials: NDArray[np.int64]
-    bytes: int
     step: int
     unit: int
     numerator: int
@@ -211,14 +210,13 @@ def attention_numbers(
     Args:
         scale: s_x, real units per LSB of a score; above 0.
         value_scale: s_v, real units per LSB of a value.
-        result: encoding of what comes out.
+        result: encoding of what comes out, of 8 bits.
         keys: at most, of which one row has exponentials.
     """
-    count = 2 if result.spec.bits <= 8 else 3
-    narrow = count == 2 and keys <= _FEW_KEYS
-    most = (1 << (8 * count - narrow)) - 1
+    narrow = keys <= _FEW_KEYS
+    most = (1 << (16 - narrow)) - 1
     reach = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
-    step = ceil(reach / ((1 << (count + 14)) - 2))
+    step = ceil(reach / ((1 << 16) - 2))
     distances = np.arange(ceil(reach / step) + 1) * float(step)
     exponentials = np.rint(np.exp(-float(scale) * distances) * most).astype(np.int64)
     exponentials[-1] = 0
@@ -226,10 +224,8 @@ def attention_numbers(
     size = (ratio.numerator // ratio.denominator).bit_length()
     shift = min(most_shift(result.spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
     whole = ratio * (1 << shift)
-    unit = 256 if count == 2 and not narrow else 1
-    return AttentionNumbers(
-        exponentials, count, step, unit, whole.numerator // whole.denominator, shift
-    )
+    numerator = whole.numerator // whole.denominator
+    return AttentionNumbers(exponentials, step, 1 if narrow else 256, numerator, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

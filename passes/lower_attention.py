@@ -26,6 +26,7 @@ from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAt
 from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_results
 
 _HALF = 128  # what int8 codes are less than uint8 codes
+_MOST_BITS = 8  # of results: at 16 an exponential's error would show
 _MOST_CODES = 256  # of a constant mask
 
 
@@ -39,7 +40,7 @@ class LowerAttention(Pass):
           → Add(mask) → Q → DQ → Softmax → Q → DQ  →   qnpu.IntExponentials
           → MatMul(DQ(v)) → Q                          2 MatMulInteger, qnpu.IntNormalize
 
-    e_j = exp(-s·(max x - x_j)) from a table, as 15 or 16 bits, or as 24 where y has 16;
+    e_j = exp(-s·(max x - x_j)) from a table, as 15 or 16 bits;
     y = ⌊Σ e_j·v_j / Σ e_j · s_v/s_y + 1/2⌋ + z. Scores stay sums in 32 bits, and the division
     comes last, of as many numbers as come out: neither scores nor probabilities are rounded or
     clipped on the way, so this is nearer to the float graph than the Q/DQ graph is. Σ e_j is one
@@ -47,9 +48,10 @@ class LowerAttention(Pass):
     from the beginning. Where a constant mask hides keys from whole groups of queries, as a causal
     one does, those are left out.
 
-    Must not fire where scores go through anything but one mask and factors above 0, where one of
-    them is read elsewhere, keys or values have more than 8 bits, queries are signed with 16, sums
-    could leave int32, or a shape is not known.
+    Must not fire where results stay at 16 bits: there an exponential's error would show, and each
+    of the Q/DQ graph's roundings is kept instead. Nor where scores go through anything but one mask
+    and factors above 0, where one of them is read elsewhere, keys or values have more than 8 bits,
+    queries are signed with 16, sums could leave int32, or a shape is not known.
     """
 
     name: ClassVar[str] = "lower-attention"
@@ -65,6 +67,8 @@ class LowerAttention(Pass):
             if attention is None or not results:
                 continue
             narrowed = [NarrowedResult.of(result) for result in results]
+            if any(item.result.encoding.spec.bits > _MOST_BITS for item in narrowed):
+                continue
             made = [_lowered(editor, attention, item) for item in narrowed]
             count += editor.take_over_all([item.result.codes for item in narrowed], made)
         if count:
@@ -141,7 +145,7 @@ class _Lowering:
         scores = self._scores(block, shape)
         like = _like(scores, "exponentials", ir.DataType.UINT8, shape)
         first = editor.call(
-            "IntExponentials" if numbers.bytes == 2 else "IntExponentialsFine",
+            "IntExponentials",
             [scores, self._mask(block)],
             exponentials_arguments(numbers, prod(shape)),
             like,
@@ -153,7 +157,7 @@ class _Lowering:
         sums = _like(self.result.codes, "", ir.DataType.INT32, (*shape[:-1], width))
         spec = self.result.encoding.spec
         return editor.call(
-            "IntNormalize" if numbers.bytes == 2 else "IntNormalizeFine",
+            "IntNormalize",
             [
                 editor.accumulator("MatMulInteger", [part, values], sums, before=node)
                 for part in (maker.outputs if maker is not None else ())

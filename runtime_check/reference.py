@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnpu.compiler.integer_math import (
+    ROOT_START,
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
@@ -170,13 +171,19 @@ def attention(
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
 
 
-def square_root(numbers: Int64) -> Int64:
-    """√n, of 1 to 2^62, to 24 bits or a whole number: Newton, from the power of two above."""
+def reciprocal_root(numbers: Int64, numerator: int) -> Int64:
+    """⌊numerator / √n⌋, of n from 1 to 2^62, the root to 30 bits.
+
+    Newton's method finds the root of n·4^t, which has 61 or 62 bits.
+    """
     powers = 4 ** np.arange(31, dtype=np.int64)
-    root = np.int64(1) << (numbers[..., None] >= powers).sum(axis=-1).astype(np.int64)
+    shift = 31 - (numbers[..., None] >= powers).sum(axis=-1).astype(np.int64)
+    scaled, root = numbers << (2 * shift), np.full_like(numbers, ROOT_START)
     for _ in range(4):
-        root = (root + numbers // root) // 2
-    return np.asarray(root)
+        root = (root + scaled // root) // 2
+    whole = numerator // root
+    rest = numerator - whole * root
+    return np.asarray((whole << shift) + (rest << shift) // root)
 
 
 def rms_norm(
@@ -196,6 +203,6 @@ def layer_norm(codes: Codes, numbers: NormNumbers, zero_point: int, spec: QuantS
 
 def _normalized(centred: Int64, numbers: NormNumbers, zero_point: int, spec: QuantSpec) -> Codes:
     energy = (centred * centred).sum(axis=-1, keepdims=True) * numbers.prescale + numbers.epsilon
-    share = numbers.numerator // square_root(energy)
+    share = reciprocal_root(energy, numbers.numerator)
     sums = centred * numbers.gain * share + numbers.bias
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)

@@ -199,7 +199,7 @@ def norm_case(
 ) -> Case:
     """IntRMSNorm of rows, or IntLayerNorm of a centred norm; zeros of what goes in and comes out.
 
-    Slack: the root is off by one or by 2^-24 of itself, the share by one, N by one and by what
+    Slack: the root is off by 2^-29 of itself, the share by one, N by one and by what
     the mean's rounding adds to it, half a step of the mean squared per feature; then what that
     rounding itself makes of an element, and one in 2^20 for the bias.
     """
@@ -220,14 +220,13 @@ def norm_case(
     for row in rows:
         centred = _centred(row, norm, numbers, zeros[0])
         energy = sum(c * c for c in centred) * numbers.prescale + numbers.epsilon
-        root = _root(energy)
-        share = numbers.numerator // root
+        share = _share(numbers.numerator, energy)
         formula.append(_norm_codes(centred, share, numbers, zeros[1], spec))
         with localcontext(prec=_DIGITS):
             reals = _norm_reals(row, norm, gains, biases, zeros[0])
             unit = _decimal(float(to.scale))
             exact.append([y / unit + zeros[1] for y, _ in reals])
-            relative = 1 / Decimal(root) + Decimal(2) ** -24 + 1 / Decimal(max(share, 1))
+            relative = Decimal(2) ** -29 + 1 / Decimal(max(share, 1))
             blurred = numbers.prescale * norm.features / Decimal(4) if norm.centred else 0
             relative += (1 + blurred) / Decimal(energy)
             scale = Decimal(share) / (1 << numbers.shift)
@@ -259,12 +258,13 @@ def _centred(row: list[int], norm: NormShape, numbers: NormNumbers, zero: int) -
     return [code - mean for code in fine]
 
 
-def _root(number: int) -> int:
-    """Four steps of Newton's method from the power of two above, as documented."""
-    root = 1 << sum(number >= 1 << (2 * power) for power in range(31))
+def _share(numerator: int, number: int) -> int:
+    """Four steps of Newton's method towards the root of a number near 2^62, as documented."""
+    shift = 31 - sum(number >= 1 << (2 * power) for power in range(31))
+    scaled, root = number << (2 * shift), 3 << 29
     for _ in range(4):
-        root = (root + number // root) // 2
-    return root
+        root = (root + scaled // root) // 2
+    return (numerator << shift) // root
 
 
 def _norm_codes(
@@ -356,15 +356,15 @@ def test_the_greatest_numbers_saturate(spec: QuantSpec, centred: bool) -> None:
     assert found[0, 1] == spec.q_min
 
 
-@pytest.mark.parametrize(("spec", "most"), [(U8, 1), (S8, 1), (U16, 10), (S16, 10)], ids=str)
-def test_a_code_away_from_zero_among_many(spec: QuantSpec, most: int) -> None:
-    """Least energy there is: a whole root keeps few bits, and 16-bit codes are 9.5 LSB off."""
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_code_away_from_zero_among_many(spec: QuantSpec) -> None:
+    """The least energy there is; its root has as many bits as any other's."""
     row = [100] * 576
     row[3] = 101
     norm, gains = NormShape(576, 16, 0.001, 1e-12, centred=False), ([4096] * 576, 2.0**-12)
     case = norm_case([row], norm, gains, spec, 48.0 / (1 << spec.bits), (100, 0), None, U16)
     found = check(case)
-    assert abs(int(found[0, 3]) - case.exact[0][3]) < most
+    assert abs(int(found[0, 3]) - min(case.exact[0][3], spec.q_max)) < Decimal("0.6")
 
 
 # -------------------------------------------------------------------------------------- functions

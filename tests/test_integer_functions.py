@@ -18,6 +18,7 @@ from qnpu.compiler.integer_arguments import (
     norm_arguments,
     normalize_arguments,
     requantize_arguments,
+    root_arguments,
     rotate_arguments,
     short_arguments,
     short_norm_arguments,
@@ -236,7 +237,7 @@ def test_signed() -> None:
     np.testing.assert_array_equal(found, np.arange(-128, 128))
 
 
-@each_spec
+@pytest.mark.parametrize("spec", [U8, S8], ids=str)
 @pytest.mark.parametrize("scale", [Fraction(1, 50), Fraction(1, 10**6)], ids=["coarse", "fine"])
 @pytest.mark.parametrize("keys", [512, 513])
 def test_attention(spec: QuantSpec, scale: Fraction, keys: int) -> None:
@@ -249,34 +250,23 @@ def test_attention(spec: QuantSpec, scale: Fraction, keys: int) -> None:
     values = codes(S8, 3, 60, 8)
     zero, step = (spec.q_min + spec.q_max) // 3, 2.0 ** (1 - spec.bits)
     numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step), keys)
-    fine = spec.bits > 8
-    assert (numbers.step > 1, numbers.bytes) == (
-        scale.numerator * 10**5 < scale.denominator,
-        2 + fine,
-    )
-    function = "IntExponentialsFine" if fine else "IntExponentials"
+    assert (numbers.step > 1) == (scale < Fraction(1, 10**5))
     arguments = exponentials_arguments(numbers, scores.size)
-    parts = call(function, [scores, mask], arguments, U8.dtype)
+    parts = call("IntExponentials", [scores, mask], arguments, U8.dtype)
     weights = reference.exponentials(scores, mask, numbers)
-    shifts = range(8 * (numbers.bytes - 1), -1, -8)
-    total = sum(a.astype(np.int64) << b for a, b in zip(parts, shifts, strict=True))
-    np.testing.assert_array_equal(total, weights)
-    bits = 24 if fine else 15 if keys == 512 else 16
+    np.testing.assert_array_equal(256 * parts[0].astype(np.int64) + parts[1], weights)
+    bits = 15 if keys == 512 else 16
     assert weights[..., :40].max() == weights.max() == (1 << bits) - 1
     assert numbers.unit == (256 if bits == 16 else 1)
     columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)
     sums = [(part.astype(np.int64) @ columns).astype(np.int32) for part in parts]
-    found = call(
-        "IntNormalizeFine" if fine else "IntNormalize",
-        sums,
-        normalize_arguments(numbers, 5, zero, spec),
-        spec.dtype,
-    )[0]
+    shares = normalize_arguments(numbers, 5, zero, spec)
+    found = call("IntNormalize", sums, shares, spec.dtype)[0]
     twin = reference.attention(weights, values, 5, numbers, zero, spec)
     np.testing.assert_array_equal(found, twin)
     real = np.exp(float(scale) * (scores + mask - (scores + mask).max(axis=-1, keepdims=True)))
     mixed = real @ (values - 5.0) / real.sum(axis=-1, keepdims=True) / 128 / step + zero
-    assert np.abs(found - np.clip(mixed, spec.q_min, spec.q_max)).max() < (2.5 if fine else 0.52)
+    assert np.abs(found - np.clip(mixed, spec.q_min, spec.q_max)).max() < 0.52
 
 
 def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:
@@ -380,24 +370,20 @@ def test_layer_norm(spec: QuantSpec, kind: QuantSpec) -> None:
     assert np.abs(found - expected).max() < 0.52
 
 
-def test_square_roots() -> None:
+@pytest.mark.parametrize("numerator", [1, 10**9, (1 << 61) + 12345])
+def test_reciprocal_roots(numerator: int) -> None:
     generator = np.random.default_rng(0)
     numbers = np.concatenate(
         [
             [1, 2, 3, 4, (1 << 62) - 1],
             4 ** np.arange(31),
+            4 ** np.arange(1, 31) - 1,
             generator.integers(1, 1 << 62, 500),
             generator.integers(1, 1 << 20, 500),
         ]
-    )
-    numbers = np.minimum(numbers, (1 << 62) - 1)[:, None]
-    arguments = {
-        "powers": 4 ** np.arange(31, dtype=np.int64),
-        "starts": 1 << np.arange(32, dtype=np.int64),
-        "last": np.array([-1], np.int64),
-        "two": np.array(2, np.int64),
-    }
-    found = call("IntSqrt", [numbers], arguments, ir.DataType.INT64)[0]
-    np.testing.assert_array_equal(found, reference.square_root(numbers))
-    exact = np.sqrt(numbers.astype(np.longdouble))
-    assert (np.abs(found - exact) < np.maximum(1.0, exact * 2.0**-24)).all()
+    )[:, None]
+    arguments = {"numerator": np.array(numerator, np.int64), **root_arguments()}
+    found = call("IntReciprocalRoot", [numbers], arguments, ir.DataType.INT64)[0]
+    np.testing.assert_array_equal(found, reference.reciprocal_root(numbers, numerator))
+    exact = numerator / np.sqrt(numbers.astype(np.longdouble))
+    assert (np.abs(found - exact) < 1 + exact * 2.0**-29).all()
