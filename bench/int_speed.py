@@ -1,8 +1,7 @@
 """How fast graphs run beside each other on ONNX Runtime: interleaved, medians, two threads.
 
     python -m bench.int_speed float=model.onnx integer=out/model.int.onnx static=static.onnx
-    python -m bench.int_speed float=cached/model.onnx integer=chat/decode.int.onnx \\
-        --dim s70=1 --dim s69=255 --dim s53=256          # what the float model's axes are called
+    python -m bench.int_speed float=cached/model.onnx integer=chat/decode.int.onnx --past 511
     python -m bench.int_speed … --profile integer        # where its time goes, by operator
 
 Each graph gets what it takes: token ids for ``input_ids``, positions, a mask of ones, zeros else.
@@ -31,14 +30,14 @@ def main(
     graphs: Annotated[list[str], typer.Argument(help="NAME=FILE; the first is compared with.")],
     rounds: Annotated[int, typer.Option(help="Timed runs of each graph.")] = 9,
     threads: Annotated[int, typer.Option(help="Of ONNX Runtime.")] = 2,
-    dim: Annotated[list[str] | None, typer.Option(help="NAME=SIZE of a dimension.")] = None,
+    tokens: Annotated[int, typer.Option(help="Where a graph leaves that open.")] = 1,
+    past: Annotated[int, typer.Option(help="Tokens in caches, where that is open.")] = 0,
     profile: Annotated[str, typer.Option(help="Name of a graph to profile.")] = "",
 ) -> None:
     """Time graphs."""
     files = dict(item.split("=", 1) for item in graphs)
-    sizes = {name: int(size) for name, size in (item.split("=", 1) for item in dim or ())}
-    sessions = {name: _open(file, threads, sizes) for name, file in files.items()}
-    feeds = {name: _feeds(session) for name, session in sessions.items()}
+    sessions = {name: _open(file, threads) for name, file in files.items()}
+    feeds = {name: _feeds(session, tokens, past) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in files}
     for index in range(rounds + 1):
         for name, session in sessions.items():
@@ -57,13 +56,11 @@ def main(
     console = Console(soft_wrap=True)
     console.print(table)
     if profile:
-        console.print(_profile(files[profile], threads, sizes))
+        console.print(_profile(files[profile], threads, tokens, past))
 
 
-def _open(file: str, threads: int, sizes: dict[str, int], prefix: str = "") -> ort.InferenceSession:
+def _open(file: str, threads: int, prefix: str = "") -> ort.InferenceSession:
     options = ort.SessionOptions()
-    for name, size in sizes.items():
-        options.add_free_dimension_override_by_name(name, size)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if prefix:
@@ -71,25 +68,28 @@ def _open(file: str, threads: int, sizes: dict[str, int], prefix: str = "") -> o
     return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _feeds(session: ort.InferenceSession) -> dict[str, Any]:
+def _feeds(session: ort.InferenceSession, tokens: int, past: int) -> dict[str, Any]:
     """Seeded tokens, positions 0 and up, a mask that hides nothing; zeros for caches."""
     found: dict[str, Any] = {}
     for item in session.get_inputs():
-        zeros = np.zeros(item.shape, _KINDS[item.type])
+        open_size = {"input_ids": tokens, "position_ids": tokens, "attention_mask": past + tokens}
+        size = open_size.get(item.name, past)
+        shape = [axis if isinstance(axis, int) else size for axis in item.shape]
+        zeros = np.zeros(shape, _KINDS[item.type])
         if item.name == "input_ids":
-            zeros[:] = np.random.default_rng(0).integers(0, 1000, item.shape)
+            zeros[:] = np.random.default_rng(0).integers(0, 1000, shape)
         elif item.name == "position_ids":
-            zeros[:] = np.arange(item.shape[-1])
+            zeros[:] = np.arange(shape[-1])
         elif item.name == "attention_mask":
             zeros[:] = 1
         found[item.name] = zeros
     return found
 
 
-def _profile(file: str, threads: int, sizes: dict[str, int]) -> Table:
+def _profile(file: str, threads: int, tokens: int, past: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
-        session = _open(file, threads, sizes, str(Path(folder, "profile")))
-        feeds = _feeds(session)
+        session = _open(file, threads, str(Path(folder, "profile")))
+        feeds = _feeds(session, tokens, past)
         for _ in range(2):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))

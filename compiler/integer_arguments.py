@@ -171,6 +171,27 @@ def rotate_arguments(
     }
 
 
+def rotate_by_arguments(
+    ratio: FixedPoint,
+    zero_points: tuple[int, int, int, int],
+    zero_point: int,
+    spec: QuantSpec,
+    word: type[np.signedinteger[Any]],
+) -> Arguments:
+    """Of IntRotateBy.
+
+    Args:
+        ratio: M of either product; a second multiplier is not used.
+        zero_points: of the operands and of the tables.
+        zero_point: z of the result.
+        spec: of the result.
+        word: type of a product.
+    """
+    names = ("zero_a", "zero_b", "zero_cosines", "zero_sines")
+    zeros = {name: np.array(z, word) for name, z in zip(names, zero_points, strict=True)}
+    return zeros | add_arguments(ratio, (0, 0), zero_point, spec)
+
+
 def split_arguments() -> Arguments:
     """Of IntSplit."""
     return {"eight": np.array(8, np.uint32)}

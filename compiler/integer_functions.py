@@ -131,6 +131,33 @@ def IntRotate(a, b, table_a, table_b, offset, shift, low, high, to: int, word: i
 
 
 @script(QNPU, default_opset=op)
+def IntRotateBy(
+    a,
+    b,
+    cosines,
+    sines,
+    zero_a,
+    zero_b,
+    zero_cosines,
+    zero_sines,
+    multiplier_a,
+    multiplier_b,
+    offset,
+    shift,
+    low,
+    high,
+    to: int,
+    word: int,
+):
+    """IntAdd of the products a·cosines and b·sines, each less its zero point; of type ``word``."""
+    one = (op.Cast(a, to=word) - zero_a) * (op.Cast(cosines, to=word) - zero_cosines)
+    other = (op.Cast(b, to=word) - zero_b) * (op.Cast(sines, to=word) - zero_sines)
+    first = op.Cast(one, to=_UINT64) * multiplier_a
+    sums = op.Cast(other, to=_UINT64) * multiplier_b + offset + first
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntSplit(x, eight):
     """The two bytes of uint16 codes: x = 256·high + low."""
     high = op.Cast(op.BitShift(op.Cast(x, to=_UINT32), eight, direction="RIGHT"), to=_UINT8)
@@ -353,6 +380,7 @@ _BODIES = (
     IntAddFine,
     IntMul,
     IntRotate,
+    IntRotateBy,
     IntSplit,
     IntJoin,
     IntLookup,

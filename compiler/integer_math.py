@@ -199,11 +199,11 @@ class AttentionNumbers:
     shift: int
 
 
-_FEW_KEYS = 512  # times 128 and 2^15 is 2^31
+_NARROW_REACH = 1 << 16  # times exponentials below 2^15 it stays below 2^31
 
 
 def attention_numbers(
-    scale: Fraction, value_scale: Fraction, result: Encoding, keys: int
+    scale: Fraction, value_scale: Fraction, result: Encoding, reach: int
 ) -> AttentionNumbers:
     """Numbers of an attention.
 
@@ -211,13 +211,13 @@ def attention_numbers(
         scale: s_x, real units per LSB of a score; above 0.
         value_scale: s_v, real units per LSB of a value.
         result: encoding of what comes out, of 8 bits.
-        keys: at most, of which one row has exponentials.
+        reach: greatest Σ |v| there can be over the keys that a row has exponentials of, LSB.
     """
-    narrow = keys <= _FEW_KEYS
+    narrow = reach <= _NARROW_REACH
     most = (1 << (16 - narrow)) - 1
-    reach = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
-    step = ceil(reach / ((1 << 16) - 2))
-    distances = np.arange(ceil(reach / step) + 1) * float(step)
+    far = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
+    step = ceil(far / ((1 << 16) - 2))
+    distances = np.arange(ceil(far / step) + 1) * float(step)
     exponentials = np.rint(np.exp(-float(scale) * distances) * most).astype(np.int64)
     exponentials[-1] = 0
     ratio = value_scale / Fraction(float(result.scale))

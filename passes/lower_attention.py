@@ -26,6 +26,7 @@ from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAt
 from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_results
 
 _HALF = 128  # what int8 codes are less than uint8 codes
+_MANY_QUERIES = 32  # from here on, products with int8 save more time than making it costs
 _MOST_BITS = 8  # of results: at 16 an exponential's error would show
 _MOST_CODES = 256  # of a constant mask
 
@@ -101,8 +102,8 @@ class _Lowering:
         result: what it gives.
         numbers: that it counts with.
         queries: parts of the queries, 8 bits, shape (…, S, D), and the zero point of each.
-        keys: int8, shape (…, D, T), and their zero point.
-        values: int8, shape (…, T, E + 1), the last column ones; and the zero point of the others.
+        keys: 8 bits, shape (…, D, T), and their zero point.
+        values: 8 bits, shape (…, T, E + 1), the last column ones; zero point of the others.
     """
 
     editor: IntegerEditor
@@ -122,7 +123,12 @@ class _Lowering:
         if queries.encoding.spec.bits > 8:
             high, low = editor.split(queries.codes, split_arguments(), before=node)
             parts = [(high, queries.zero_point >> 8), (low, queries.zero_point & 255)]
-        values, zero = _signed(editor, attention.values, node)
+        many = attention.shape[-2] >= _MANY_QUERIES
+        keys, values = (
+            _signed(editor, item, node) if many else (item.codes, item.zero_point)
+            for item in (attention.keys, attention.values)
+        )
+        reach = attention.shape[-1] * (_HALF if values[0].dtype is ir.DataType.INT8 else 255)
         return cls(
             editor,
             attention,
@@ -131,11 +137,11 @@ class _Lowering:
                 attention.scale,
                 Fraction(attention.values.scale),
                 result.encoding,
-                attention.shape[-1],
+                reach,
             ),
             parts,
-            _signed(editor, attention.keys, node),
-            (_with_ones(editor, values, node), zero),
+            keys,
+            (_with_ones(editor, values[0], node), values[1]),
         )
 
     def rows(self, block: Block) -> ir.Value:
@@ -240,8 +246,9 @@ def _signed(editor: IntegerEditor, operand: CodedInput, node: ir.Node) -> tuple[
 def _with_ones(editor: IntegerEditor, values: ir.Value, node: ir.Node) -> ir.Value:
     """Values and a column of ones."""
     shape = static_shape(values) or ()
-    ones = editor.number(np.ones((*shape[:-1], 1), np.int8))
-    like = _like(values, "and_ones", ir.DataType.INT8, (*shape[:-1], shape[-1] + 1))
+    kind = values.dtype or ir.DataType.INT8
+    ones = editor.number(np.ones((*shape[:-1], 1), kind.numpy()))
+    like = _like(values, "and_ones", kind, (*shape[:-1], shape[-1] + 1))
     return editor.joined([values, ones], like, axis=-1, before=node)
 
 

@@ -1,8 +1,9 @@
-"""lower-rotary: a sum of two products with constant tables, as RoPE is, in one rounding."""
+"""lower-rotary: a sum of two products with tables, as RoPE is, in one rounding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import numpy as np
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import constant_array, static_shape
-from qnpu.compiler.integer_arguments import rotate_arguments
+from qnpu.compiler.integer_arguments import rotate_arguments, rotate_by_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import rotary_numbers
+from qnpu.compiler.integer_math import exact_ratios, fixed_point, rotary_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_attention import NarrowedResult
@@ -25,12 +26,14 @@ from qnpu.compiler.quantized_results import (
     only_source,
 )
 
+_CLOSE = Fraction(1, 256)  # LSB
+
 
 @dataclass(frozen=True)
 class LowerRotary(Pass):
-    """Puts one integer function in the place of two products with constants and their sum.
+    """Puts one integer function in the place of two products with tables and their sum.
 
-    Before → after, C and S constants::
+    Before → after, C and S constants (or not: qnpu.IntRotateBy)::
 
         DQ(a) · DQ(C) → Q → DQ ↘
                                 Add, Sub → Q            qnpu.IntRotate(a, b)
@@ -44,7 +47,9 @@ class LowerRotary(Pass):
 
     A result that is only narrowed is narrow from the beginning.
 
-    Must not fire where a product is used twice, a table is no constant, or shapes differ.
+    Tables that are computed, as for positions that come in, stay codes of their own.
+
+    Must not fire where a product is used twice or shapes differ.
     """
 
     name: ClassVar[str] = "lower-rotary"
@@ -62,7 +67,7 @@ class LowerRotary(Pass):
             one, other = products if len(products) == 2 else (None, None)
             if one is None or other is None or not results:
                 continue
-            if one.shape != other.shape:
+            if static_shape(one.operand.codes) != static_shape(other.operand.codes):
                 continue
             narrow = [NarrowedResult.of(result, moved=False).result for result in results]
             made = [_rotated(editor, node, one, other, result) for result in narrow]
@@ -74,17 +79,23 @@ class LowerRotary(Pass):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Product:
-    """Codes times a constant.
+    """Codes times those of a table.
 
     Attributes:
-        operand: the codes.
-        table: the constant, real.
-        shape: of the product.
+        operand: the former, of the product's shape.
+        table: the latter.
     """
 
     operand: CodedInput
-    table: NDArray[np.float64]
-    shape: tuple[int, ...]
+    table: CodedInput
+
+    @property
+    def real(self) -> NDArray[np.float64] | None:
+        """The table, where it is constant."""
+        codes = constant_array(self.table.codes)
+        if codes is None:
+            return None
+        return (codes.astype(np.float64) - self.table.zero_point) * self.table.scale
 
 
 def _product(value: ir.Value | None) -> _Product | None:
@@ -95,22 +106,25 @@ def _product(value: ir.Value | None) -> _Product | None:
     one, other = (coded_input(item) for item in node.inputs)
     if one is None or other is None:
         return None
-    if one.constant:
+    if one.constant or static_shape(one.codes) != static_shape(node.outputs[0]):
         one, other = other, one
-    codes, shape = constant_array(other.codes), static_shape(node.outputs[0])
-    if one.constant or codes is None or shape is None or static_shape(one.codes) != shape:
+    shape = static_shape(node.outputs[0])
+    if one.constant or shape is None or static_shape(one.codes) != shape:
         return None
-    return _Product(one, (codes.astype(np.float64) - other.zero_point) * other.scale, shape)
+    return _Product(one, other)
 
 
 def _rotated(
     editor: IntegerEditor, node: ir.Node, one: _Product, other: _Product, result: CodedResult
-) -> ir.Value:
+) -> ir.Value | None:
     sign = -1 if node.op_type == "Sub" else 1
+    first, second = one.real, other.real
+    if first is None or second is None:
+        return _rotated_by(editor, node, one, other, result, sign)
     numbers = rotary_numbers(
         (
-            one.table * (one.operand.scale / result.scale),
-            other.table * (sign * other.operand.scale / result.scale),
+            first * (one.operand.scale / result.scale),
+            second * (sign * other.operand.scale / result.scale),
         ),
         (one.operand.reach, other.operand.reach),
         result.encoding,
@@ -126,4 +140,40 @@ def _rotated(
         before=node,
         word=int(kind),
         unsigned=int(unsigned),
+    )
+
+
+def _rotated_by(
+    editor: IntegerEditor,
+    node: ir.Node,
+    one: _Product,
+    other: _Product,
+    result: CodedResult,
+    sign: int,
+) -> ir.Value | None:
+    """By tables that are computed, as those of positions that come in."""
+    products = (one, other)
+    ratios = [
+        exact_ratios([item.operand.encoding.scale, item.table.encoding.scale], result.scale)[0]
+        for item in products
+    ]
+    bounds = [item.operand.reach * item.table.reach for item in products]
+    fixed = fixed_point(
+        [ratios[0], sign * ratios[1]], bounds, result.encoding, terms=2, close=_CLOSE
+    )
+    if fixed.low is not None:
+        return None
+    word = np.int32 if max(bounds) < 1 << 31 else np.int64
+    parts = [*(item.operand for item in products), *(item.table for item in products)]
+    a, b, cosines, sines = (part.zero_point for part in parts)
+    arguments = rotate_by_arguments(
+        fixed, (a, b, cosines, sines), result.zero_point, result.encoding.spec, word
+    )
+    return editor.call(
+        "IntRotateBy",
+        [part.codes for part in parts],
+        arguments,
+        result.codes,
+        before=node,
+        word=int(ir.DataType.from_numpy(np.dtype(word))),
     )

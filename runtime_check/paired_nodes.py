@@ -31,7 +31,11 @@ _KINDS = {
 }
 EXACT_KINDS = frozenset({"add", "conversion", "layout", "linear"})
 """Kinds of which the integer function gives the Q/DQ graph's codes, every rounding included."""
-_KINDS_OF_FUNCTIONS = {"IntNormalize": "attention", "IntRotate": "rotary"}
+_KINDS_OF_FUNCTIONS = {
+    "IntNormalize": "attention",
+    "IntRotate": "rotary",
+    "IntRotateBy": "rotary",
+}
 
 _ROUNDED_ONCE = frozenset({"attention", "rotary"})
 

@@ -20,6 +20,7 @@ from qnpu.compiler.integer_arguments import (
     requantize_arguments,
     root_arguments,
     rotate_arguments,
+    rotate_by_arguments,
     short_arguments,
     short_norm_arguments,
     signed_arguments,
@@ -190,6 +191,30 @@ def test_rotate(kind: QuantSpec, spec: QuantSpec) -> None:
     assert len(np.unique(found)) > 80
 
 
+@pytest.mark.parametrize("kind", [U8, U16], ids=str)
+@each_spec
+def test_rotate_by(kind: QuantSpec, spec: QuantSpec) -> None:
+    """By tables that come in, of other scales."""
+    operands = (
+        codes(kind, 2, 5, 8),
+        codes(kind, 2, 5, 8, seed=1),
+        codes(U16, 5, 8, seed=2),
+        codes(S16, 5, 8, seed=3),
+    )
+    zeros, zero = (100, 90, 30000, -7), (spec.q_min + spec.q_max) // 2
+    bound = 2 ** (kind.bits + 16)
+    ratios = [Fraction(3 << spec.bits, 4 * bound), Fraction(-(1 << spec.bits), bound)]
+    fixed = fixed_point(ratios, [bound, bound], result(spec), terms=2, close=Fraction(1, 256))
+    word = np.int32 if kind.bits == 8 else np.int64
+    arguments = rotate_by_arguments(fixed, zeros, zero, spec, word)
+    attribute = int(ir.DataType.from_numpy(np.dtype(word)))
+    found = call("IntRotateBy", operands, arguments, spec.dtype, word=attribute)[0]
+    np.testing.assert_array_equal(found, reference.rotate_by(operands, zeros, fixed, zero, spec))
+    a, b, c, s = (item.astype(float) - z for item, z in zip(operands, zeros, strict=True))
+    real = a * c * float(ratios[0]) + b * s * float(ratios[1]) + zero
+    assert np.abs(found - np.clip(real, spec.q_min, spec.q_max)).max() < 0.51
+
+
 def test_join() -> None:
     high, low = np.array([[-5, 70000]], np.int32), np.array([[255, -3]], np.int32)
     found = call("IntJoin", [high, low], join_arguments(), ir.DataType.INT32)[0]
@@ -239,23 +264,23 @@ def test_signed() -> None:
 
 @pytest.mark.parametrize("spec", [U8, S8], ids=str)
 @pytest.mark.parametrize("scale", [Fraction(1, 50), Fraction(1, 10**6)], ids=["coarse", "fine"])
-@pytest.mark.parametrize("keys", [512, 513])
-def test_attention(spec: QuantSpec, scale: Fraction, keys: int) -> None:
+@pytest.mark.parametrize("reach", [1 << 16, (1 << 16) + 1])
+def test_attention(spec: QuantSpec, scale: Fraction, reach: int) -> None:
     """Exponentials and their share, of rows with a mask, and of one where all is masked."""
     generator = np.random.default_rng(0)
-    reach = 20 * scale.denominator
-    scores = generator.integers(-reach, reach, (3, 20, 60)).astype(np.int32)
+    most = 20 * scale.denominator
+    scores = generator.integers(-most, most, (3, 20, 60)).astype(np.int32)
     mask = np.where(np.arange(60) > 40, -50 * scale.denominator, 0).astype(np.int32)
     mask = np.stack([mask, np.full(60, -50 * scale.denominator, np.int32)])[[0] * 19 + [1]]
     values = codes(S8, 3, 60, 8)
     zero, step = (spec.q_min + spec.q_max) // 3, 2.0 ** (1 - spec.bits)
-    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step), keys)
+    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step), reach)
     assert (numbers.step > 1) == (scale < Fraction(1, 10**5))
     arguments = exponentials_arguments(numbers, scores.size)
     parts = call("IntExponentials", [scores, mask], arguments, U8.dtype)
     weights = reference.exponentials(scores, mask, numbers)
     np.testing.assert_array_equal(256 * parts[0].astype(np.int64) + parts[1], weights)
-    bits = 15 if keys == 512 else 16
+    bits = 15 if reach == 1 << 16 else 16
     assert weights[..., :40].max() == weights.max() == (1 << bits) - 1
     assert numbers.unit == (256 if bits == 16 else 1)
     columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)

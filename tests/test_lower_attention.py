@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler import quantized_attention
+from qnpu.passes import lower_attention
 from qnpu.passes.lower_attention import LowerAttention
 from tests.conftest import Array, apply, parse, run_model
 from tests.integer_nodes import S8, U8, U16, codes
@@ -17,7 +18,7 @@ SCALES = {"q": 0.02, "k": 0.015, "v": 0.03, "m": 50 / 65535, "c": 0.35}
 ZEROS = {"q": 100, "k": 120, "v": 131}
 CAUSAL = np.triu(np.ones((TOKENS, TOKENS), bool), 1)
 MASKED, UNMASKED = 0, 65535
-FUNCTIONS = {"IntSigned", "IntExponentials", "IntNormalize"}
+FUNCTIONS = {"IntExponentials", "IntNormalize"}
 
 
 def pair(name: str, step: str = "sw", zero: str = "zw") -> str:
@@ -112,12 +113,17 @@ def functions(model: ir.Model) -> list[str]:
 
 @pytest.mark.parametrize(("queries", "keys"), [("uint8", "uint8"), ("uint16", "int8")])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form: str, queries: str, keys: str) -> None:
+@pytest.mark.parametrize("many", [True, False])
+def test_forms(
+    form: str, queries: str, keys: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lower_attention, "_MANY_QUERIES", TOKENS + (0 if many else 1))
     model = attention(FORMS[form], queries=queries, keys=keys)
     feeds = given(queries, keys)
     assert apply(LowerAttention(), model) == 1
     assert apply(LowerAttention(), model) == 0
     assert set(functions(model)) >= FUNCTIONS
+    assert ("IntSigned" in functions(model)) == many
     assert ("IntLookup" in functions(model)) == (form in ("scaled, masked", "mask first"))
     assert not {"Softmax", "MatMul"} & {node.op_type for node in model.graph}
     found = run_model(model, feeds)[0].astype(float)
