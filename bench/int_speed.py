@@ -63,6 +63,8 @@ def _open(file: str, threads: int, prefix: str = "") -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Threads that wait for more work would take the cores from the graph that comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if prefix:
         options.enable_profiling, options.profile_file_prefix = True, prefix
     return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])

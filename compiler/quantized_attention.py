@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, static_shape
 from qnpu.compiler.integer_math import round_half_up
 from qnpu.compiler.op_traits import is_standard, layout_inputs
-from qnpu.compiler.operands import DEQUANTIZE
+from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.compiler.qdq_edit import equal
 from qnpu.compiler.quantized_results import (
     CodedInput,
@@ -99,6 +99,14 @@ class QuantizedAttention:
         ratio = Fraction(self.mask.scale) * self.mask_factor / self.scale
         return [round_half_up(int(number) * ratio) for number in self.mask.numbers]
 
+    @property
+    def shared(self) -> tuple[SharedHeads, SharedHeads] | None:
+        """Keys and values before they are copied for each head of queries, where they are."""
+        keys, values = (SharedHeads.behind(item) for item in (self.keys, self.values))
+        if keys is None or values is None or values.transposed or keys.groups != values.groups:
+            return None
+        return keys, values
+
     def blocks(self) -> list[Block]:
         """Queries in groups, each with the keys that a constant mask lets one of them see."""
         queries, keys = self.shape[-2:]
@@ -113,6 +121,63 @@ class QuantizedAttention:
         found = [_block(visible, start) for start in range(0, queries, _BLOCK)]
         seen = sum(item.queries * item.keys for item in found)
         return found if seen <= 0.8 * queries * keys else everything
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedHeads:
+    """Keys or values of which every head serves several heads of queries.
+
+    Attributes:
+        codes: before they are copied, shape (B, heads, T, D).
+        groups: heads of queries that each serves.
+        transposed: what takes them has them as (…, D, T).
+    """
+
+    codes: ir.Value
+    groups: int
+    transposed: bool
+
+    @classmethod
+    def behind(cls, operand: CodedInput) -> SharedHeads | None:
+        """What Unsqueeze, Expand and Reshape make an operand of; None where it is not that."""
+        node, codes = _moved_from(operand, operand.codes)
+        rank = len(static_shape(operand.codes) or ())
+        transposed = node is not None and node.op_type == "Transpose"
+        if node is not None and transposed:
+            perm = list(node.attributes.get_ints("perm", []))
+            if perm != [*range(rank - 2), rank - 1, rank - 2]:
+                return None
+            node, codes = _moved_from(operand, codes)
+        copied, shapes = ("Reshape", "Expand", "Unsqueeze"), [static_shape(codes)]
+        whole = static_shape(node.outputs[0]) if node is not None else None
+        for op_type in copied:
+            if node is None or node.op_type != op_type:
+                return None
+            shapes.append(static_shape(codes))
+            if op_type != copied[-1]:
+                node, codes = _moved_from(operand, codes)
+        wide, thin, base = shapes[1:]
+        if whole is None or wide is None or thin is None or base is None or len(base) != 4:
+            return None
+        batch, heads, tokens, width = base
+        groups = whole[1] // heads
+        if thin != (batch, heads, 1, tokens, width) or whole[1] != groups * heads:
+            return None
+        if wide != (batch, heads, groups, tokens, width) or whole[2:] != (tokens, width):
+            return None
+        return cls(codes, groups, transposed)
+
+
+def _moved_from(operand: CodedInput, codes: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """The layout operator behind codes, and the codes it moves; encodings are the operand's."""
+    quantize = codes.producer()
+    real = quantize.inputs[0] if quantize is not None and quantize.op_type == QUANTIZE else None
+    node = real.producer() if real is not None else None
+    data = layout_inputs(node) if node is not None else []
+    before = coded_input(data[0]) if len(data) == 1 else None
+    if before is None or before.constant or not equal(before.encoding, operand.encoding):
+        return None, codes
+    return node, before.codes
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import AttentionNumbers, attention_numbers
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAttention
-from qnpu.compiler.quantized_results import CodedInput, CodedResult, coded_results
+from qnpu.compiler.quantized_results import CodedResult, coded_results
 
 _HALF = 128  # what int8 codes are less than uint8 codes
 _MANY_QUERIES = 32  # from here on, products with int8 save more time than making it costs
@@ -47,7 +47,7 @@ class LowerAttention(Pass):
     clipped on the way, so this is nearer to the float graph than the Q/DQ graph is. Σ e_j is one
     more column of the values, all ones. Codes that are only moved and then narrowed are narrow
     from the beginning. Where a constant mask hides keys from whole groups of queries, as a causal
-    one does, those are left out.
+    one does, those are left out. Keys and values that serve several heads are not copied.
 
     Must not fire where results stay at 16 bits: there an exponential's error would show, and each
     of the Q/DQ graph's roundings is kept instead. Nor where scores go through anything but one mask
@@ -83,10 +83,11 @@ def _lowered(
     node, result = attention.mix, narrowed.result
     lowering = _Lowering.of(editor, attention, result)
     rows = [lowering.rows(block) for block in attention.blocks()]
-    codes = rows[0]
+    codes, shape = rows[0], static_shape(node.outputs[0]) or ()
     if len(rows) > 1:
-        like = _like(result.codes, "", rows[0].dtype, static_shape(node.outputs[0]))
+        like = _like(result.codes, "", codes.dtype, (*lowering.heads, *shape[-2:]))
         codes = editor.joined(rows, like, axis=-2, before=node)
+    codes = _reshaped(editor, codes, shape, node)
     for layout in narrowed.layouts:
         codes = _moved(editor, layout, codes, node)
     return codes
@@ -101,6 +102,7 @@ class _Lowering:
         attention: what is lowered.
         result: what it gives.
         numbers: that it counts with.
+        heads: all but the last two dimensions of the scores.
         queries: parts of the queries, 8 bits, shape (…, S, D), and the zero point of each.
         keys: 8 bits, shape (…, D, T), and their zero point.
         values: 8 bits, shape (…, T, E + 1), the last column ones; zero point of the others.
@@ -110,6 +112,7 @@ class _Lowering:
     attention: QuantizedAttention
     result: CodedResult
     numbers: AttentionNumbers
+    heads: tuple[int, ...]
     queries: list[tuple[ir.Value, int]]
     keys: tuple[ir.Value, int]
     values: tuple[ir.Value, int]
@@ -123,31 +126,43 @@ class _Lowering:
         if queries.encoding.spec.bits > 8:
             high, low = editor.split(queries.codes, split_arguments(), before=node)
             parts = [(high, queries.zero_point >> 8), (low, queries.zero_point & 255)]
-        many = attention.shape[-2] >= _MANY_QUERIES
-        keys, values = (
-            _signed(editor, item, node) if many else (item.codes, item.zero_point)
-            for item in (attention.keys, attention.values)
+        heads = attention.shape[:-2]
+        keys, values, shared = attention.keys.codes, attention.values.codes, attention.shared
+        if shared is not None:
+            keys, values = (item.codes for item in shared)
+            batch, count = (static_shape(keys) or (1, 1))[:2]
+            heads = (batch, count, shared[0].groups)
+            parts = [
+                (_reshaped(editor, part, (*heads, *(static_shape(part) or ())[-2:]), node), zero)
+                for part, zero in parts
+            ]
+        zeros = [attention.keys.zero_point, attention.values.zero_point]
+        if attention.shape[-2] >= _MANY_QUERIES:
+            keys, zeros[0] = _signed(editor, keys, zeros[0], node)
+            values, zeros[1] = _signed(editor, values, zeros[1], node)
+        values = _with_ones(editor, values, node)
+        if shared is not None:
+            keys = _transposed(editor, keys, node) if shared[0].transposed else keys
+            keys, values = (_one_more_axis(editor, item, node) for item in (keys, values))
+        reach = attention.shape[-1] * (_HALF if values.dtype is ir.DataType.INT8 else 255)
+        numbers = attention_numbers(
+            attention.scale, Fraction(attention.values.scale), result.encoding, reach
         )
-        reach = attention.shape[-1] * (_HALF if values[0].dtype is ir.DataType.INT8 else 255)
         return cls(
             editor,
             attention,
             result,
-            attention_numbers(
-                attention.scale,
-                Fraction(attention.values.scale),
-                result.encoding,
-                reach,
-            ),
+            numbers,
+            heads,
             parts,
-            keys,
-            (_with_ones(editor, values[0], node), values[1]),
+            (keys, zeros[0]),
+            (values, zeros[1]),
         )
 
     def rows(self, block: Block) -> ir.Value:
         """What comes out for some queries: codes, shape (…, queries, E)."""
         editor, node, numbers = self.editor, self.attention.mix, self.numbers
-        shape = (*self.attention.shape[:-2], block.queries, block.keys)
+        shape = (*self.heads, block.queries, block.keys)
         scores = self._scores(block, shape)
         like = _like(scores, "exponentials", ir.DataType.UINT8, shape)
         first = editor.call(
@@ -234,13 +249,49 @@ def _moved(editor: IntegerEditor, node: ir.Node, codes: ir.Value, before: ir.Nod
     return value
 
 
-def _signed(editor: IntegerEditor, operand: CodedInput, node: ir.Node) -> tuple[ir.Value, int]:
+def _signed(
+    editor: IntegerEditor, codes: ir.Value, zero_point: int, node: ir.Node
+) -> tuple[ir.Value, int]:
     """Codes as int8, and their zero point."""
-    if operand.encoding.spec.signed:
-        return operand.codes, operand.zero_point
-    like = _like(operand.codes, "signed", ir.DataType.INT8, static_shape(operand.codes))
-    codes = editor.call("IntSigned", [operand.codes], signed_arguments(), like, before=node)
-    return codes, operand.zero_point - _HALF
+    if codes.dtype is ir.DataType.INT8:
+        return codes, zero_point
+    like = _like(codes, "signed", ir.DataType.INT8, static_shape(codes))
+    return editor.call("IntSigned", [codes], signed_arguments(), like, before=node), (
+        zero_point - _HALF
+    )
+
+
+def _reshaped(
+    editor: IntegerEditor, codes: ir.Value, shape: tuple[int, ...], node: ir.Node
+) -> ir.Value:
+    """Codes in another shape; the same where they have it already."""
+    if static_shape(codes) == shape:
+        return codes
+    target = editor.number(np.array(shape, np.int64))
+    made = editor.node("Reshape", [codes, target], f"{name_of(codes)}_heads", shape, before=node)
+    made.type = codes.type
+    return made
+
+
+def _transposed(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.Value:
+    """Codes with the last two dimensions in turn."""
+    shape = static_shape(codes) or ()
+    perm = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    turned = tuple(shape[axis] for axis in perm)
+    name = f"{name_of(codes)}_transposed"
+    made = editor.node("Transpose", [codes], name, turned, before=node, perm=perm)
+    made.type = codes.type
+    return made
+
+
+def _one_more_axis(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.Value:
+    """Codes that serve several heads of queries: (B, H, …) as (B, H, 1, …)."""
+    shape = static_shape(codes) or ()
+    wide = (*shape[:2], 1, *shape[2:])
+    axes = editor.number(np.array([2], np.int64))
+    made = editor.node("Unsqueeze", [codes, axes], f"{name_of(codes)}_shared", wide, before=node)
+    made.type = codes.type
+    return made
 
 
 def _with_ones(editor: IntegerEditor, values: ir.Value, node: ir.Node) -> ir.Value:
