@@ -344,13 +344,18 @@ def short_norm_arguments(
         zero_point: z of the result.
         spec: of the result.
     """
-    found = norm_arguments(numbers, 1, zero_point, spec)
-    del found["gain"], found["axes"], found["shift"]
     step = 1 << numbers.shift
     lift = 1 << (30 - numbers.shift)
-    return found | {
+    return {
         "zero": _word(zero),
         "before_last": np.array([-2], np.int64),
+        "last": np.array([-1], np.int64),
+        "epsilon": np.array(numbers.epsilon, np.int64),
+        "prescale": np.array(numbers.prescale, np.int64),
+        "powers": 4 ** np.arange(_ROOTS, dtype=np.int64),
+        "starts": np.maximum(1, 3 << np.arange(_ROOTS + 1, dtype=np.int64) >> 2),
+        "two": np.array(2, np.int64),
+        "numerator": np.array(numbers.numerator, np.int64),
         "offset": _word(step // 2 + (lift + zero_point) * step),
         "step": _word(step),
         "low": _word(lift + spec.q_min),

@@ -207,6 +207,23 @@ def rms_norm(
     return _normalized(codes.astype(np.int64) - zero, numbers, zero_point, spec)
 
 
+def short_rms_norm(
+    codes: Codes, zero: int, numbers: NormNumbers, zero_point: int, spec: QuantSpec
+) -> Codes:
+    """As ``rms_norm`` with gains of 1; the root whole, by three steps of Newton's method.
+
+    They begin at ¾·2^j, where 4^j is the power of four above.
+    """
+    centred = codes.astype(np.int64) - zero
+    energy = (centred * centred).sum(axis=-1, keepdims=True) * numbers.prescale + numbers.epsilon
+    size = (energy[..., None] >= 4 ** np.arange(31, dtype=np.int64)).sum(axis=-1).astype(np.int64)
+    root = np.maximum(1, 3 << size >> 2)
+    for _ in range(3):
+        root = (root + energy // root) // 2
+    sums = centred * (numbers.numerator // root)
+    return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
+
+
 def layer_norm(codes: Codes, numbers: NormNumbers, zero_point: int, spec: QuantSpec) -> Codes:
     """(x - mean x)·γ / √(var x + ε) + β over the last axis, as ``NormNumbers`` says."""
     wide = codes.astype(np.int64) * numbers.finer

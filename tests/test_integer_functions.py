@@ -354,7 +354,7 @@ def test_short_rms_norm(spec: QuantSpec, kind: QuantSpec, scale: float) -> None:
     assert numbers is not None
     arguments = short_norm_arguments(numbers, zero, z, spec)
     found = call("IntRMSNormShort", [given], arguments, spec.dtype)[0]
-    np.testing.assert_array_equal(found, reference.rms_norm(given, zero, numbers, z, spec))
+    np.testing.assert_array_equal(found, reference.short_rms_norm(given, zero, numbers, z, spec))
     real = scale * (given.astype(np.float64) - zero)
     real = real / np.sqrt((real**2).mean(axis=-1, keepdims=True) + 1e-5) * 1.5
     expected = np.clip(real / step + z, spec.q_min, spec.q_max)
