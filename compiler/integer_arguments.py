@@ -174,6 +174,7 @@ def rotate_arguments(
 def rotate_by_arguments(
     ratio: FixedPoint,
     zero_points: tuple[int, int, int, int],
+    sign: int,
     zero_point: int,
     spec: QuantSpec,
     word: type[np.signedinteger[Any]],
@@ -183,13 +184,17 @@ def rotate_by_arguments(
     Args:
         ratio: M of either product; a second multiplier is not used.
         zero_points: of the operands and of the tables.
+        sign: of the second product, 1 or -1.
         zero_point: z of the result.
         spec: of the result.
         word: type of a product.
     """
-    names = ("zero_a", "zero_b", "zero_cosines", "zero_sines")
-    zeros = {name: np.array(z, word) for name, z in zip(names, zero_points, strict=True)}
-    return zeros | add_arguments(ratio, (0, 0), zero_point, spec)
+    names = ("zero_a", "zero_b", "zero_cosines", "zero_sines", "sign")
+    numbers = {
+        name: np.array(number, word)
+        for name, number in zip(names, (*zero_points, sign), strict=True)
+    }
+    return numbers | requantize_arguments(ratio, zero_point, spec)
 
 
 def split_arguments() -> Arguments:

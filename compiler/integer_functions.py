@@ -140,8 +140,8 @@ def IntRotateBy(
     zero_b,
     zero_cosines,
     zero_sines,
-    multiplier_a,
-    multiplier_b,
+    sign,
+    multiplier,
     offset,
     shift,
     low,
@@ -149,11 +149,10 @@ def IntRotateBy(
     to: int,
     word: int,
 ):
-    """IntAdd of the products a·cosines and b·sines, each less its zero point; of type ``word``."""
+    """IntRequantize of a·cosines + sign·b·sines, each less its zero point; of type ``word``."""
     one = (op.Cast(a, to=word) - zero_a) * (op.Cast(cosines, to=word) - zero_cosines)
     other = (op.Cast(b, to=word) - zero_b) * (op.Cast(sines, to=word) - zero_sines)
-    first = op.Cast(one, to=_UINT64) * multiplier_a
-    sums = op.Cast(other, to=_UINT64) * multiplier_b + offset + first
+    sums = op.Cast(other * sign + one, to=_UINT64) * multiplier + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
 
@@ -331,13 +330,13 @@ def IntRMSNormShort(
     centred = op.Cast(x, to=_INT32) - zero
     wide = op.Cast(centred, to=_INT64)
     squares = op.MatMul(op.Unsqueeze(wide, before_last), op.Unsqueeze(wide, last))
-    energy = op.Squeeze(squares, last) * prescale + epsilon
-    above = op.Cast(op.GreaterOrEqual(op.Unsqueeze(energy, last), powers), to=_INT64)
-    root0 = op.Gather(starts, op.ReduceSum(above, last, keepdims=0))
+    energy = squares * prescale + epsilon
+    above = op.Cast(op.GreaterOrEqual(energy, powers), to=_INT64)
+    root0 = op.Gather(starts, op.ReduceSum(above, last, keepdims=1))
     root1 = (root0 + energy / root0) / two
     root2 = (root1 + energy / root1) / two
     root3 = (root2 + energy / root2) / two
-    share = op.Cast(numerator / root3, to=_INT32)
+    share = op.Squeeze(op.Cast(numerator / root3, to=_INT32), last)
     return op.Cast(op.Clip((centred * share + offset) / step, low, high), to=to)
 
 

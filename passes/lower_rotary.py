@@ -49,7 +49,8 @@ class LowerRotary(Pass):
 
     Tables that are computed, as for positions that come in, stay codes of their own.
 
-    Must not fire where a product is used twice or shapes differ.
+    Must not fire where a product is used twice, shapes differ, or computed tables or what they are
+    multiplied with differ in scale.
     """
 
     name: ClassVar[str] = "lower-rotary"
@@ -158,16 +159,16 @@ def _rotated_by(
         for item in products
     ]
     bounds = [item.operand.reach * item.table.reach for item in products]
-    fixed = fixed_point(
-        [ratios[0], sign * ratios[1]], bounds, result.encoding, terms=2, close=_CLOSE
-    )
+    if ratios[0] != ratios[1]:
+        return None
+    fixed = fixed_point(ratios[:1], [sum(bounds)], result.encoding, close=_CLOSE)
     if fixed.low is not None:
         return None
-    word = np.int32 if max(bounds) < 1 << 31 else np.int64
+    word = np.int32 if sum(bounds) < 1 << 31 else np.int64
     parts = [*(item.operand for item in products), *(item.table for item in products)]
     a, b, cosines, sines = (part.zero_point for part in parts)
     arguments = rotate_by_arguments(
-        fixed, (a, b, cosines, sines), result.zero_point, result.encoding.spec, word
+        fixed, (a, b, cosines, sines), sign, result.zero_point, result.encoding.spec, word
     )
     return editor.call(
         "IntRotateBy",

@@ -95,15 +95,16 @@ def rotate(
 def rotate_by(
     operands: tuple[Codes, Codes, Codes, Codes],
     zero_points: tuple[int, int, int, int],
+    sign: int,
     ratio: FixedPoint,
     zero_point: int,
     spec: QuantSpec,
 ) -> Codes:
-    """y = clamp(⌊(q_a - z_a)·(q_c - z_c)·M_a + (q_b - z_b)·(q_s - z_s)·M_b + 1/2⌋ + z)."""
+    """y = clamp(⌊((q_a - z_a)·(q_c - z_c) ± (q_b - z_b)·(q_s - z_s))·M + 1/2⌋ + z)."""
     a, b, cosines, sines = (
         codes.astype(np.int64) - zero for codes, zero in zip(operands, zero_points, strict=True)
     )
-    return add([a * cosines, b * sines], (0, 0), ratio, zero_point, spec)
+    return requantize(a * cosines + sign * b * sines, ratio, zero_point, spec)
 
 
 def _rounded(
