@@ -202,9 +202,9 @@ def split_arguments() -> Arguments:
     return {"eight": np.array(8, np.uint32)}
 
 
-def join_arguments() -> Arguments:
-    """Of IntJoin."""
-    return {"radix": np.array(256, np.int32)}
+def join_arguments(kind: type[np.signedinteger[Any]] = np.int32) -> Arguments:
+    """Of IntJoin of sums of a type."""
+    return {"radix": np.array(256, kind)}
 
 
 def lookup_arguments(table: NDArray[Any], elements: int) -> Arguments:
@@ -280,10 +280,7 @@ def normalize_arguments(
     start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
     offset = start - value_zero * numbers.numerator
     return {
-        "factor": np.array(256 // numbers.unit, np.int32),
-        "divisor": np.array(numbers.unit, np.int32),
-        "radix": np.array(256, np.int64),
-        "numerator": np.array(numbers.numerator * numbers.unit, np.int64),
+        "numerator": np.array(numbers.numerator, np.int64),
         "offset": _unsigned(offset),
         "shift": limits["shift"],
         "least": limits["low"],

@@ -166,7 +166,7 @@ def IntSplit(x, eight):
 
 @script(QNPU, default_opset=op)
 def IntJoin(high, low, radix):
-    """Sums of 16-bit codes from those of their bytes: y = radix·high + low, int32."""
+    """Sums of 16-bit codes from those of their bytes: y = radix·high + low."""
     return high * radix + low
 
 
@@ -208,30 +208,10 @@ def IntExponentials(scores, mask, axes, half, step, none, last, high, low, copie
 
 
 @script(QNPU, default_opset=op)
-def IntNormalize(
-    high,
-    low,
-    factor,
-    divisor,
-    radix,
-    numerator,
-    offset,
-    shift,
-    least,
-    most,
-    first,
-    last,
-    far,
-    to: int,
-):
-    """y = clip((n·⌊numerator / Σe⌋ + offset) >> shift), n = high·factor + low / divisor.
-
-    Σe is the last column of radix·high + low; y has none for it.
-    """
-    above = op.Cast(op.Slice(high, last, far, last), to=_INT64) * radix
-    total = above + op.Cast(op.Slice(low, last, far, last), to=_INT64)
-    share = op.Cast(numerator / total, to=_UINT64)
-    sums = op.Cast(high * factor + low / divisor, to=_UINT64) * share + offset
+def IntNormalize(x, numerator, offset, shift, least, most, first, last, far, to: int):
+    """y = clip((x·⌊numerator / Σe⌋ + offset) >> shift); Σe is x's last column, which y has not."""
+    share = numerator / op.Cast(op.Slice(x, last, far, last), to=_INT64)
+    sums = op.Cast(x, to=_UINT64) * op.Cast(share, to=_UINT64) + offset
     codes = op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), least, most), to=to)
     return op.Slice(codes, first, last, last)
 

@@ -185,21 +185,20 @@ class AttentionNumbers:
     max x - x_j in steps, rounded.
 
     Attributes:
-        exponentials: round(e_0 · exp(-s_x·step·d)), int64; the last is 0.
+        exponentials: round(e_0 · exp(-s_x·step·d)), of two bytes, int64; the last is 0.
         step: LSB of the scores.
-        unit: in which Σ e_j·v_j is known: 1 where it fits int32, else 256.
         numerator: ⌊2^shift · s_v/s_y⌋, divided by each row's sum.
         shift: bits behind the point.
     """
 
     exponentials: NDArray[np.int64]
     step: int
-    unit: int
     numerator: int
     shift: int
 
 
-_NARROW_REACH = 1 << 16  # times exponentials below 2^15 it stays below 2^31
+_MOST_PEAK = (1 << 16) - 1  # two bytes
+_LEAST_PEAK = 1 << 13  # of exponentials that are smaller so that Σ e·v fits int32
 
 
 def attention_numbers(
@@ -213,8 +212,8 @@ def attention_numbers(
         result: encoding of what comes out, of 8 bits.
         reach: greatest Σ |v| there can be over the keys that a row has exponentials of, LSB.
     """
-    narrow = reach <= _NARROW_REACH
-    most = (1 << (16 - narrow)) - 1
+    room = ((1 << 31) - 1) // reach
+    most = min(room if room >= _LEAST_PEAK else _MOST_PEAK, _MOST_PEAK)
     far = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
     step = ceil(far / ((1 << 16) - 2))
     distances = np.arange(ceil(far / step) + 1) * float(step)
@@ -225,7 +224,7 @@ def attention_numbers(
     shift = min(most_shift(result.spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
     whole = ratio * (1 << shift)
     numerator = whole.numerator // whole.denominator
-    return AttentionNumbers(exponentials, step, 1 if narrow else 256, numerator, shift)
+    return AttentionNumbers(exponentials, step, numerator, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,7 @@ from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAttention
 from qnpu.compiler.quantized_results import CodedResult, coded_results
 
+_INT32_MAX = 2**31 - 1
 _HALF = 128  # what int8 codes are less than uint8 codes
 _MANY_QUERIES = 32  # from here on, products with int8 save more time than making it costs
 _MOST_BITS = 8  # of results: at 16 an exponential's error would show
@@ -102,6 +103,7 @@ class _Lowering:
         attention: what is lowered.
         result: what it gives.
         numbers: that it counts with.
+        reach: greatest Σ |v| there can be, LSB.
         heads: all but the last two dimensions of the scores.
         queries: parts of the queries, 8 bits, shape (…, S, D), and the zero point of each.
         keys: 8 bits, shape (…, D, T), and their zero point.
@@ -112,6 +114,7 @@ class _Lowering:
     attention: QuantizedAttention
     result: CodedResult
     numbers: AttentionNumbers
+    reach: int
     heads: tuple[int, ...]
     queries: list[tuple[ir.Value, int]]
     keys: tuple[ir.Value, int]
@@ -153,6 +156,7 @@ class _Lowering:
             attention,
             result,
             numbers,
+            reach,
             heads,
             parts,
             (keys, zeros[0]),
@@ -177,12 +181,17 @@ class _Lowering:
         width = (static_shape(self.values[0]) or (1,))[-1]
         sums = _like(self.result.codes, "", ir.DataType.INT32, (*shape[:-1], width))
         spec = self.result.encoding.spec
+        parts = [
+            editor.accumulator("MatMulInteger", [part, values], sums, before=node)
+            for part in (maker.outputs if maker is not None else ())
+        ]
+        kind: type[np.signedinteger[Any]] = np.int32
+        if int(numbers.exponentials[0]) * self.reach > _INT32_MAX:
+            parts, kind = [editor.wide(part, before=node) for part in parts], np.int64
+        sums.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(kind)))
         return editor.call(
             "IntNormalize",
-            [
-                editor.accumulator("MatMulInteger", [part, values], sums, before=node)
-                for part in (maker.outputs if maker is not None else ())
-            ],
+            [editor.call("IntJoin", parts, join_arguments(kind), sums, before=node)],
             normalize_arguments(numbers, self.values[1], self.result.zero_point, spec),
             _like(self.result.codes, "", spec.dtype, (*shape[:-1], width - 1)),
             before=node,

@@ -465,7 +465,8 @@ class _Sums:
 
     def new(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
         """Those of some nodes that make sums and have not been run yet."""
-        return [n for n in nodes if n.op_type in _ACCUMULATORS and n not in self._seen]
+        kinds = [n for n in nodes if n.op_type in _ACCUMULATORS and n not in self._seen]
+        return [n for n in kinds if n.outputs[0].dtype is not ir.DataType.INT64]
 
     def see(self, node: ir.Node, arrays: Mapping[str, Array]) -> None:
         """Notes sums of a node.
@@ -530,7 +531,7 @@ class _Product:
         own = _zero_point(parts[0], 1)
         bits = 8 * len(parts)
         signed = first is not None and first.dtype is ir.DataType.INT8
-        reach = _reach(bits, zero, signed=signed)
+        reach = _peak(parts, model) or _reach(bits, zero, signed=signed)
         other = _reach(8, own, signed=second is not None and second.dtype is ir.DataType.INT8)
         return cls((reach, other), depth, None if weight is None else weight - own)
 
@@ -546,6 +547,24 @@ class _Product:
 def _reach(bits: int, zero_point: int, *, signed: bool) -> int:
     low = -(1 << (bits - 1)) if signed else 0
     return max(low + (1 << bits) - 1 - zero_point, zero_point - low)
+
+
+def _peak(parts: Sequence[ir.Node], model: ir.Model) -> int:
+    """The greatest of the exponentials whose bytes are multiplied; 0 where they are not that."""
+    peak = 0
+    for part in parts:
+        first = part.inputs[_operands(part)[0]]
+        maker = first.producer() if first is not None else None
+        if first is None or maker is None or maker.op_type != "IntExponentials":
+            return 0
+        function = model.functions[maker.domain, maker.op_type, maker.overload]
+        names = [name_of(value) for value in function.inputs]
+        place = names.index("high" if first is maker.outputs[0] else "low")
+        table = _constant(maker.inputs[place], model)
+        if table is None:
+            return 0
+        peak = 256 * peak + int(table[0] if len(parts) > 1 else table.max())
+    return peak
 
 
 def _operands(node: ir.Node) -> tuple[int, ...]:

@@ -165,8 +165,6 @@ def attention(
 ) -> Codes:
     """y = clamp(⌊(Σ_j e_j·v_j·⌊numerator / Σe⌋ - z_v·numerator) / 2^shift + 1/2⌋ + z).
 
-    In a unit above 1, Σ_j e_j·v_j is that of high bytes and what low ones give, cut off.
-
     Args:
         weights: e, shape (…, S, T).
         values: codes, shape (…, T, D).
@@ -175,14 +173,8 @@ def attention(
         zero_point: z of the result.
         spec: of the result.
     """
-    wide, total = values.astype(np.int64), weights.sum(axis=-1, keepdims=True)
-    if numbers.unit == 1:
-        mixed = weights @ wide
-    else:
-        low = (weights & 255) @ wide
-        mixed = (weights >> 8) @ wide + np.sign(low) * (np.abs(low) // numbers.unit)
-    sums = mixed * (numbers.unit * numbers.numerator // total)
-    sums = sums - value_zero * numbers.numerator
+    share = numbers.numerator // weights.sum(axis=-1, keepdims=True)
+    sums = weights @ values.astype(np.int64) * share - value_zero * numbers.numerator
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
 
 
