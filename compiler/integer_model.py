@@ -21,6 +21,7 @@ from qnpu.compiler.rules import IntegerDiffers
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.fold_conversions import FoldConversions
 from qnpu.passes.fold_requantize import FoldRequantize
+from qnpu.passes.fold_reshapes import FoldReshapes
 from qnpu.passes.lower_attention import LowerAttention
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.lower_nonlinear import LowerNonlinear
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
     LowerAttention(),
     LowerNonlinear(),
     FoldRequantize(),
+    FoldReshapes(),
 )
 
 
