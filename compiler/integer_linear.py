@@ -36,7 +36,7 @@ from qnpu.compiler.quantized_results import (
 
 _INT32_MAX = 2**31 - 1
 _BLOCK = 2**21  # results that are made at once; larger ones would go through main memory
-_PART = 2**20  # of those, what elementwise operators get at a time: it stays in a core's own cache
+_PART = 2**20  # of those, what elementwise operators get at a time: it stays in the caches
 
 
 def fold_matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Value | None:

@@ -11,6 +11,7 @@ from qnpu.passes import lower_attention
 from qnpu.passes.lower_attention import LowerAttention
 from tests.conftest import Array, apply, parse, run_model
 from tests.integer_nodes import S8, U8, U16, codes
+from tests.lowered import lowered
 
 KINDS = {"uint8": U8, "uint16": U16, "int8": S8}
 HEADS, TOKENS, DEPTH = 2, 40, 8
@@ -171,6 +172,15 @@ def test_a_mask_that_comes_in() -> None:
     real = exact(feeds, "scaled, masked", mask)
     expected = np.clip(real / np.float32(0.02) + 100, 0, 255)
     assert np.abs(found - expected).max() < 0.52
+
+
+def test_heads_that_serve_several_are_not_copied() -> None:
+    """Of a decoder whose two heads of keys and values serve four of queries."""
+    made = lowered("llama", "w8a8")
+    assert [node.op_type for node in made.qdq.graph].count("Expand") == 4
+    assert "Expand" not in [node.op_type for node in made.integer.graph]
+    shapes = [n.outputs[0].shape for n in made.integer.graph if n.op_type == "IntExponentials"]
+    assert [tuple(shape or ())[:3] for shape in shapes] == [(1, 2, 2)] * 2
 
 
 def test_codes_that_are_moved_and_narrowed() -> None:
