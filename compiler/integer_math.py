@@ -340,10 +340,10 @@ def short_norm_numbers(
         result: encoding of what comes out.
 
     Returns:
-        None where gains differ, or one is not above 0, or results have more than 8 bits.
+        None where gains differ, or one is not above 0, or results have more or less than 8 bits.
     """
     codes, scale = gains
-    if norm.centred or result.spec.bits > 8 or codes.size > 1 or int(codes.reshape(-1)[0]) <= 0:
+    if norm.centred or result.spec.bits != 8 or codes.size > 1 or int(codes.reshape(-1)[0]) <= 0:
         return None
     one = np.array(1, np.int64), scale * int(codes.reshape(-1)[0])
     wide = norm_numbers(norm, one, result)

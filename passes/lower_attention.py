@@ -28,7 +28,7 @@ from qnpu.compiler.quantized_results import CodedResult, coded_results
 _INT32_MAX = 2**31 - 1
 _HALF = 128  # what int8 codes are less than uint8 codes
 _MANY_QUERIES = 32  # from here on, products with int8 save more time than making it costs
-_MOST_BITS = 8  # of results: at 16 an exponential's error would show
+_BITS = 8  # of results: at 16 an exponential's error would show, at 4 every error weighs much
 _MOST_CODES = 256  # of a constant mask
 
 
@@ -50,10 +50,11 @@ class LowerAttention(Pass):
     from the beginning. Where a constant mask hides keys from whole groups of queries, as a causal
     one does, those are left out. Keys and values that serve several heads are not copied.
 
-    Must not fire where results stay at 16 bits: there an exponential's error would show, and each
-    of the Q/DQ graph's roundings is kept instead. Nor where scores go through anything but one mask
-    and factors above 0, where one of them is read elsewhere, keys or values have more than 8 bits,
-    queries are signed with 16, sums could leave int32, or a shape is not known.
+    Must not fire where results stay at 16 bits, as an exponential's error would show there, or have
+    4, of which one that is off weighs much: each of the Q/DQ graph's roundings is kept then. Nor
+    where scores go through anything but one mask and factors above 0, where one of them is read
+    elsewhere, keys or values have more than 8 bits, queries are signed with 16, sums could leave
+    int32, or a shape is not known.
     """
 
     name: ClassVar[str] = "lower-attention"
@@ -69,7 +70,7 @@ class LowerAttention(Pass):
             if attention is None or not results:
                 continue
             narrowed = [NarrowedResult.of(result) for result in results]
-            if any(item.result.encoding.spec.bits > _MOST_BITS for item in narrowed):
+            if any(item.result.encoding.spec.bits != _BITS for item in narrowed):
                 continue
             made = [_lowered(editor, attention, item) for item in narrowed]
             count += editor.take_over_all([item.result.codes for item in narrowed], made)

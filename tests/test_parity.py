@@ -38,6 +38,7 @@ def certificate(made: Lowered) -> ParityCertificate:
         ("llama", "w8a8"),
         ("llama", "w8a16"),
         ("llama", "w4a8"),
+        ("llama", "w4a4"),
         ("gemma3", "w8a8"),
         ("gemma3", "w8a16"),
         ("gpt2", "w8a8"),
@@ -50,7 +51,7 @@ def test_decoders(architecture: str, scheme: str) -> None:
     assert found.passed
     assert not found.unchecked
     kinds = {item.kind for item in found.summary()}
-    is_one = architecture != "gpt2" and scheme != "w8a16"
+    is_one = architecture != "gpt2" and scheme in ("w8a8", "w4a8")
     assert kinds >= KINDS | {"attention" if is_one else "softmax"}
     for item in found.summary():
         assert item.passed
