@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import onnxruntime as ort
@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+from bench.open_feeds import open_feeds
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     """Time graphs."""
     files = dict(item.split("=", 1) for item in graphs)
     sessions = {name: _open(file, threads) for name, file in files.items()}
-    feeds = {name: _feeds(session, tokens, past) for name, session in sessions.items()}
+    feeds = {name: open_feeds(session, tokens, past) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in files}
     for index in range(rounds + 1):
         for name, session in sessions.items():
@@ -70,28 +70,10 @@ def _open(file: str, threads: int, prefix: str = "") -> ort.InferenceSession:
     return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _feeds(session: ort.InferenceSession, tokens: int, past: int) -> dict[str, Any]:
-    """Seeded tokens, positions 0 and up, a mask that hides nothing; zeros for caches."""
-    found: dict[str, Any] = {}
-    for item in session.get_inputs():
-        open_size = {"input_ids": tokens, "position_ids": tokens, "attention_mask": past + tokens}
-        size = open_size.get(item.name, past)
-        shape = [axis if isinstance(axis, int) else size for axis in item.shape]
-        zeros = np.zeros(shape, _KINDS[item.type])
-        if item.name == "input_ids":
-            zeros[:] = np.random.default_rng(0).integers(0, 1000, shape)
-        elif item.name == "position_ids":
-            zeros[:] = np.arange(shape[-1])
-        elif item.name == "attention_mask":
-            zeros[:] = 1
-        found[item.name] = zeros
-    return found
-
-
 def _profile(file: str, threads: int, tokens: int, past: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         session = _open(file, threads, str(Path(folder, "profile")))
-        feeds = _feeds(session, tokens, past)
+        feeds = open_feeds(session, tokens, past)
         for _ in range(2):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))

@@ -13,17 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import numpy as np
 import onnxruntime as ort
 import typer
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from bench.open_feeds import open_feeds
 from qnpu.compiler.inputs import text_windows
 from qnpu.models.load import load_tokenizer
 from qnpu.runtime_check.session import Array
-
-_KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
 def main(
@@ -38,7 +36,8 @@ def main(
         calib, "calibration", load_tokenizer(str(model)), seq_len, windows, "none"
     )
     session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    feeds = [_feeds(session, row[None]) for row in found.windows]
+    given = open_feeds(session, seq_len, 0)
+    feeds = [given | {"input_ids": row[None]} for row in found.windows]
     del session
     print(f"calibrates on {text}")
     with TemporaryDirectory(dir=out.parent) as folder:
@@ -59,23 +58,6 @@ def main(
             per_channel=True,
             use_external_data_format=True,
         )
-
-
-def _feeds(session: ort.InferenceSession, ids: Array) -> dict[str, Array]:
-    """Tokens, their positions, a mask that hides nothing, empty caches."""
-    feeds: dict[str, Array] = {}
-    for item in session.get_inputs():
-        match item.name:
-            case "input_ids":
-                feeds[item.name] = ids
-            case "position_ids":
-                feeds[item.name] = np.arange(ids.shape[1])[None]
-            case "attention_mask":
-                feeds[item.name] = np.ones_like(ids)
-            case _:
-                shape = [size if isinstance(size, int) else 0 for size in item.shape]
-                feeds[item.name] = np.zeros(shape, _KINDS[item.type])
-    return feeds
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

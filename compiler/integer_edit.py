@@ -127,15 +127,28 @@ class IntegerEditor(GraphEditor):
         result.type = ir.TensorType(stored_type(like.dtype or ir.DataType.UNDEFINED))
         return result
 
+    def move(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        shape: Sequence[int | ir.SymbolicDim] | None,
+        *,
+        before: ir.Node,
+        **attributes: Any,
+    ) -> ir.Value:
+        """A standard operator whose result has the type of its first input; see ``node``."""
+        result = self.node(op_type, inputs, name, shape, before=before, **attributes)
+        result.type = inputs[0].type if inputs[0] is not None else None
+        return result
+
     def part(
         self, value: ir.Value, axis: int, start: int, end: int, *, before: ir.Node
     ) -> ir.Value:
         """A slice of codes along one axis."""
         base = f"{name_of(value)}_{start}"
         ends = [self._argument(base, np.array([number], np.int64)) for number in (start, end, axis)]
-        result = self.node("Slice", [value, *ends], base, None, before=before)
-        result.type = value.type
-        return result
+        return self.move("Slice", [value, *ends], base, None, before=before)
 
     def wide(self, sums: ir.Value, *, before: ir.Node) -> ir.Value:
         """Sums as int64."""
@@ -148,9 +161,7 @@ class IntegerEditor(GraphEditor):
 
     def sum(self, one: ir.Value, other: ir.Value, *, before: ir.Node) -> ir.Value:
         """The sum of two tensors of one type."""
-        result = self.node("Add", [one, other], f"{name_of(one)}_total", None, before=before)
-        result.type = one.type
-        return result
+        return self.move("Add", [one, other], f"{name_of(one)}_total", None, before=before)
 
     def joined(
         self, parts: Sequence[ir.Value], like: ir.Value, *, axis: int, before: ir.Node
@@ -158,9 +169,7 @@ class IntegerEditor(GraphEditor):
         """Parts along an axis, as one."""
         shape = like.shape.dims if like.shape is not None else None
         name = f"{name_of(like)}_joined"
-        result = self.node("Concat", parts, name, shape, before=before, axis=axis)
-        result.type = parts[0].type
-        return result
+        return self.move("Concat", parts, name, shape, before=before, axis=axis)
 
     def zero_point(self, number: int, codes: ir.Value) -> ir.Value:
         """A constant zero point in the type of codes."""

@@ -23,7 +23,7 @@ from qnpu.compiler.integer_arguments import (
     sum_bytes_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import FixedPoint, exact_ratios, fixed_point
+from qnpu.compiler.integer_math import INT32_MAX, FixedPoint, exact_ratios, fixed_point
 from qnpu.compiler.integer_short import BYTE, exact_in_float, linear_terms, short_point, split_point
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.quant_types import Encoding, widened
@@ -34,7 +34,6 @@ from qnpu.compiler.quantized_results import (
     real_constant,
 )
 
-_INT32_MAX = 2**31 - 1
 _BLOCK = 2**21  # results that are made at once; larger ones would go through main memory
 _PART = 2**20  # of those, what elementwise operators get at a time: it stays in the caches
 
@@ -92,7 +91,7 @@ def _pieces(weights: NDArray[Any]) -> list[tuple[int, int]]:
     while True:
         edges = np.linspace(0, features, count + 1).astype(int)
         totals = np.add.reduceat(weights, edges[:-1], axis=0)
-        if int(totals.max()) * 255 <= _INT32_MAX or count == features:
+        if int(totals.max()) * 255 <= INT32_MAX or count == features:
             return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
         count += 1
 
@@ -162,7 +161,7 @@ def _summed(
     Args:
         bound: greatest |sum| as the products give it, LSB.
     """
-    if len(sums) == 2 and bound <= _INT32_MAX:
+    if len(sums) == 2 and bound <= INT32_MAX:
         like = ir.Value(
             name=f"{name_of(result.codes)}_sums", type=sums[0].type, shape=result.codes.shape
         )

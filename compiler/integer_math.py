@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 
+INT32_MAX = 2**31 - 1
 LIFT_BITS = 62
 """2^62 is added to sums before a logical shift: none is negative then."""
 ROOT_START = 3 << 29
@@ -212,7 +213,7 @@ def attention_numbers(
         result: encoding of what comes out, of 8 bits.
         reach: greatest Σ |v| there can be over the keys that a row has exponentials of, LSB.
     """
-    room = ((1 << 31) - 1) // reach
+    room = INT32_MAX // reach
     most = min(room if room >= _LEAST_PEAK else _MOST_PEAK, _MOST_PEAK)
     far = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
     step = ceil(far / ((1 << 16) - 2))

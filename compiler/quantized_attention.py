@@ -10,20 +10,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, static_shape
-from qnpu.compiler.integer_math import round_half_up
+from qnpu.compiler.integer_math import INT32_MAX
 from qnpu.compiler.op_traits import is_standard, layout_inputs
-from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
+from qnpu.compiler.operands import QUANTIZE
 from qnpu.compiler.qdq_edit import equal
 from qnpu.compiler.quantized_results import (
     CodedInput,
-    CodedResult,
     coded_input,
-    coded_results,
     only_source,
-    only_user,
 )
 
-_INT32_MAX = 2**31 - 1
 _MOST_STEP = 2**16  # LSB of scores, which are finer than a step
 _HIDDEN = -30.0  # real; a key with this in its mask has no weight: a mask means to hide it
 _BLOCK = 128  # queries that are computed at a time where each sees few keys
@@ -41,6 +37,7 @@ class QuantizedAttention:
         scale: real units per LSB of a score, as the softmax takes it.
         mask: added to scores; None where there is none.
         mask_factor: that a mask is multiplied with before the softmax.
+        mask_numbers: what each code of the mask is, LSB of the scores, in the order of a table.
         shape: of the scores.
     """
 
@@ -51,6 +48,7 @@ class QuantizedAttention:
     scale: Fraction
     mask: CodedInput | None
     mask_factor: Fraction
+    mask_numbers: NDArray[np.int64]
     shape: tuple[int, ...]
 
     @classmethod
@@ -71,7 +69,13 @@ class QuantizedAttention:
         if queries is None or keys is None or keys.constant:
             return None
         scale = Fraction(queries.scale) * Fraction(keys.scale) * above.factor
-        found = cls(node, queries, keys, values, scale, above.mask, above.mask_factor, shape)
+        numbers = np.zeros(0, np.int64)
+        if above.mask is not None:
+            ratio = Fraction(above.mask.scale) * above.mask_factor / scale
+            numbers = _rounded(above.mask.numbers, ratio)
+        found = cls(
+            node, queries, keys, values, scale, above.mask, above.mask_factor, numbers, shape
+        )
         return found if found.fits else None
 
     @property
@@ -87,17 +91,9 @@ class QuantizedAttention:
         )
         if depth is None or keys is None or values is None:
             return False
-        mask = max(map(abs, self.mask_numbers), default=0)
+        mask = int(np.abs(self.mask_numbers).max(initial=0))
         reach = depth[-1] * self.queries.reach * self.keys.reach + mask
-        return 2 * reach + _MOST_STEP <= _INT32_MAX and self.shape[-1] * 255 * 255 <= _INT32_MAX
-
-    @property
-    def mask_numbers(self) -> list[int]:
-        """What each code of the mask is, LSB of the scores, in the order of a table."""
-        if self.mask is None:
-            return []
-        ratio = Fraction(self.mask.scale) * self.mask_factor / self.scale
-        return [round_half_up(int(number) * ratio) for number in self.mask.numbers]
+        return 2 * reach + _MOST_STEP <= INT32_MAX and self.shape[-1] * 255 * 255 <= INT32_MAX
 
     @property
     def shared(self) -> tuple[SharedHeads, SharedHeads] | None:
@@ -121,6 +117,12 @@ class QuantizedAttention:
         found = [_block(visible, start) for start in range(0, queries, _BLOCK)]
         seen = sum(item.queries * item.keys for item in found)
         return found if seen <= 0.8 * queries * keys else everything
+
+
+def _rounded(numbers: NDArray[np.int64], ratio: Fraction) -> NDArray[np.int64]:
+    """⌊n·ratio + 1/2⌋ without any error, in Python's integers."""
+    doubled = numbers.astype(object) * (2 * ratio.numerator) + ratio.denominator
+    return np.asarray(doubled // (2 * ratio.denominator), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,41 +272,3 @@ class _Step:
             return None
         factor = second.single * Fraction(second.scale)
         return cls(one, factor if node.op_type == "Mul" else 1 / factor, None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NarrowedResult:
-    """Codes that an operator may give at once.
-
-    Attributes:
-        result: what becomes of the operator's result in the end.
-        layouts: operators that move its elements before that, in order.
-    """
-
-    result: CodedResult
-    layouts: tuple[ir.Node, ...]
-
-    @classmethod
-    def of(cls, result: CodedResult, *, moved: bool = True) -> NarrowedResult:
-        """The narrower codes where nothing else reads the wide ones; the result itself elsewhere.
-
-        Args:
-            result: the wide codes.
-            moved: layout operators may lie between.
-        """
-        layouts: list[ir.Node] = []
-        codes = result.codes
-        while True:
-            dequantize = only_user(codes, DEQUANTIZE)
-            real = dequantize.outputs[0] if dequantize is not None else None
-            found = coded_results(real) if real is not None and len(real.uses()) == 1 else None
-            if found and found[0].encoding.spec.bits < result.encoding.spec.bits:
-                return cls(found[0], tuple(layouts))
-            user = only_user(real) if real is not None else None
-            if user is None or list(layout_inputs(user)) != [real] or len(user.outputs) > 1:
-                return cls(result, ())
-            layouts.append(user)
-            behind = coded_results(user.outputs[0]) if moved else None
-            if not behind or len(behind) > 1 or not equal(behind[0].encoding, result.encoding):
-                return cls(result, ())
-            codes = behind[0].codes

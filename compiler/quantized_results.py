@@ -11,8 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.op_traits import layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand
-from qnpu.compiler.qdq_edit import encoding_of, spec_of
+from qnpu.compiler.qdq_edit import encoding_of, equal, spec_of
 from qnpu.compiler.quant_types import Encoding, FloatArray
 
 
@@ -20,6 +21,12 @@ def stored_type(kind: ir.DataType) -> ir.DataType:
     """The type of integers that hold codes of a type: a byte for those of four bits."""
     wide = {ir.DataType.UINT4: ir.DataType.UINT8, ir.DataType.INT4: ir.DataType.INT8}
     return wide.get(kind, kind)
+
+
+def table_order(count: int, *, signed: bool) -> NDArray[np.int64]:
+    """As many codes in the order of a table, which negative ones are read from the end of."""
+    codes = np.arange(count)
+    return np.where(codes >= count // 2, codes - count, codes) if signed else codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +58,9 @@ class CodedInput:
 
     @property
     def table_order(self) -> NDArray[np.int64]:
-        """All codes in the order of a table, which negative indices read from its end."""
-        codes = np.arange(1 << self.encoding.spec.bits)
-        half = len(codes) // 2
-        return (
-            np.where(codes >= half, codes - 2 * half, codes) if self.encoding.spec.signed else codes
-        )
+        """All codes in the order of a table."""
+        spec = self.encoding.spec
+        return table_order(1 << spec.bits, signed=spec.signed)
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -134,6 +138,44 @@ def only_user(value: ir.Value, op_type: str = "") -> ir.Node | None:
     if len(users) != 1 or value.is_graph_output() or op_type not in ("", users[0].node.op_type):
         return None
     return users[0].node
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NarrowedResult:
+    """Codes that an operator may give at once.
+
+    Attributes:
+        result: what becomes of the operator's result in the end.
+        layouts: operators that move its elements before that, in order.
+    """
+
+    result: CodedResult
+    layouts: tuple[ir.Node, ...]
+
+    @classmethod
+    def of(cls, result: CodedResult, *, moved: bool = True) -> NarrowedResult:
+        """The narrower codes where nothing else reads the wide ones; the result itself elsewhere.
+
+        Args:
+            result: the wide codes.
+            moved: layout operators may lie between.
+        """
+        layouts: list[ir.Node] = []
+        codes = result.codes
+        while True:
+            dequantize = only_user(codes, DEQUANTIZE)
+            real = dequantize.outputs[0] if dequantize is not None else None
+            found = coded_results(real) if real is not None and len(real.uses()) == 1 else None
+            if found and found[0].encoding.spec.bits < result.encoding.spec.bits:
+                return cls(found[0], tuple(layouts))
+            user = only_user(real) if real is not None else None
+            if user is None or list(layout_inputs(user)) != [real] or len(user.outputs) > 1:
+                return cls(result, ())
+            layouts.append(user)
+            behind = coded_results(user.outputs[0]) if moved else None
+            if not behind or len(behind) > 1 or not equal(behind[0].encoding, result.encoding):
+                return cls(result, ())
+            codes = behind[0].codes
 
 
 def only_source(value: ir.Value | None) -> ir.Node | None:

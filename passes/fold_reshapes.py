@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qnpu.compiler.graph_edit import static_shape
+from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
@@ -47,10 +47,8 @@ class FoldReshapes(Pass):
                 continue
             result = node.outputs[0]
             sizes = editor.number(np.array(shape, np.int64))
-            made = editor.node(
-                "Reshape", [source, sizes], f"{result.name}_at_once", shape, before=node
-            )
-            made.type = result.type
+            name = f"{name_of(result)}_at_once"
+            made = editor.move("Reshape", [source, sizes], name, shape, before=node)
             editor.take_over(result, made)
             count += 1
         if count:

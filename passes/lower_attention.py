@@ -20,12 +20,11 @@ from qnpu.compiler.integer_arguments import (
     split_arguments,
 )
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import AttentionNumbers, attention_numbers
+from qnpu.compiler.integer_math import INT32_MAX, AttentionNumbers, attention_numbers
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.quantized_attention import Block, NarrowedResult, QuantizedAttention
-from qnpu.compiler.quantized_results import CodedResult, coded_results
+from qnpu.compiler.quantized_attention import Block, QuantizedAttention
+from qnpu.compiler.quantized_results import CodedResult, NarrowedResult, coded_results
 
-_INT32_MAX = 2**31 - 1
 _HALF = 128  # what int8 codes are less than uint8 codes
 _MANY_QUERIES = 32  # from here on, products with int8 save more time than making it costs
 _BITS = 8  # of results: at 16 an exponential's error would show, at 4 every error weighs much
@@ -187,7 +186,7 @@ class _Lowering:
             for part in (maker.outputs if maker is not None else ())
         ]
         kind: type[np.signedinteger[Any]] = np.int32
-        if int(numbers.exponentials[0]) * self.reach > _INT32_MAX:
+        if int(numbers.exponentials[0]) * self.reach > INT32_MAX:
             parts, kind = [editor.wide(part, before=node) for part in parts], np.int64
         sums.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(kind)))
         return editor.call(
@@ -218,7 +217,7 @@ class _Lowering:
         mask = self.attention.mask
         if mask is None:
             return self.editor.number(np.array(0, np.int32))
-        table = np.array(self.attention.mask_numbers, np.int32)
+        table = self.attention.mask_numbers.astype(np.int32)
         codes, held = mask.codes, constant_array(mask.codes) if mask.constant else None
         if held is not None:
             used, places = np.unique(held.astype(np.int64), return_inverse=True)
@@ -278,9 +277,7 @@ def _reshaped(
     if static_shape(codes) == shape:
         return codes
     target = editor.number(np.array(shape, np.int64))
-    made = editor.node("Reshape", [codes, target], f"{name_of(codes)}_heads", shape, before=node)
-    made.type = codes.type
-    return made
+    return editor.move("Reshape", [codes, target], f"{name_of(codes)}_heads", shape, before=node)
 
 
 def _transposed(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.Value:
@@ -289,9 +286,7 @@ def _transposed(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.Val
     perm = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
     turned = tuple(shape[axis] for axis in perm)
     name = f"{name_of(codes)}_transposed"
-    made = editor.node("Transpose", [codes], name, turned, before=node, perm=perm)
-    made.type = codes.type
-    return made
+    return editor.move("Transpose", [codes], name, turned, before=node, perm=perm)
 
 
 def _one_more_axis(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.Value:
@@ -299,9 +294,7 @@ def _one_more_axis(editor: IntegerEditor, codes: ir.Value, node: ir.Node) -> ir.
     shape = static_shape(codes) or ()
     wide = (*shape[:2], 1, *shape[2:])
     axes = editor.number(np.array([2], np.int64))
-    made = editor.node("Unsqueeze", [codes, axes], f"{name_of(codes)}_shared", wide, before=node)
-    made.type = codes.type
-    return made
+    return editor.move("Unsqueeze", [codes, axes], f"{name_of(codes)}_shared", wide, before=node)
 
 
 def _with_ones(editor: IntegerEditor, values: ir.Value, node: ir.Node) -> ir.Value:

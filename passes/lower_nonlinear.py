@@ -37,6 +37,7 @@ from qnpu.compiler.quantized_results import (
     coded_results,
     real_constant,
     stored_type,
+    table_order,
 )
 
 # Functions of one number, whose every value a table holds.
@@ -273,9 +274,8 @@ class _Function:
         if maker is None or table is None or maker.inputs[0] is None:
             return cls(factor.codes, factor.table_order, factor.numbers * factor.scale, False)
         real = (table.astype(np.int64) - factor.zero_point) * factor.scale
-        codes = np.arange(len(table))
-        if maker.inputs[0].dtype is not None and maker.inputs[0].dtype.is_signed():
-            codes = np.where(codes >= len(table) // 2, codes - len(table), codes)
+        kind = maker.inputs[0].dtype
+        codes = table_order(len(table), signed=kind is not None and kind.is_signed())
         return cls(maker.inputs[0], codes, real, True)
 
 

@@ -14,13 +14,13 @@ from onnx_ir.passes import common
 from qnpu.compiler.graph_edit import constant_array, static_shape
 from qnpu.compiler.integer_arguments import rotate_arguments, rotate_by_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import exact_ratios, fixed_point, rotary_numbers
+from qnpu.compiler.integer_math import INT32_MAX, exact_ratios, fixed_point, rotary_numbers
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
-from qnpu.compiler.quantized_attention import NarrowedResult
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
+    NarrowedResult,
     coded_input,
     coded_results,
     only_source,
@@ -107,9 +107,9 @@ def _product(value: ir.Value | None) -> _Product | None:
     one, other = (coded_input(item) for item in node.inputs)
     if one is None or other is None:
         return None
-    if one.constant or static_shape(one.codes) != static_shape(node.outputs[0]):
-        one, other = other, one
     shape = static_shape(node.outputs[0])
+    if one.constant or static_shape(one.codes) != shape:
+        one, other = other, one
     if one.constant or shape is None or static_shape(one.codes) != shape:
         return None
     return _Product(one, other)
@@ -164,7 +164,7 @@ def _rotated_by(
     fixed = fixed_point(ratios[:1], [sum(bounds)], result.encoding, close=_CLOSE)
     if fixed.low is not None:
         return None
-    word = np.int32 if sum(bounds) < 1 << 31 else np.int64
+    word = np.int32 if sum(bounds) <= INT32_MAX else np.int64
     parts = [*(item.operand for item in products), *(item.table for item in products)]
     a, b, cosines, sines = (part.zero_point for part in parts)
     arguments = rotate_by_arguments(

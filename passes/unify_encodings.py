@@ -11,11 +11,10 @@ import onnx_ir as ir
 
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.integer_math import INT32_MAX
 from qnpu.compiler.op_traits import FIXED_RANGES, Linear, as_linear, encoding_groups
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding
-
-_INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _make_room(linear: Linear, compilation: Compilation) -> int:
     array = constant_array(linear.bias)
     if array is None or not _all_in(table, weight, activation):
         return 0
-    least = np.abs(array.astype(np.float64)) / _INT32_MAX / float(table[activation].scale)
+    least = np.abs(array.astype(np.float64)) / INT32_MAX / float(table[activation].scale)
     old = table[weight]
     if not bool((least > old.scale).any()):
         return 0
