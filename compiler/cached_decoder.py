@@ -21,6 +21,7 @@ from qnpu.compiler.caches import (
 from qnpu.compiler.config import AI_HUB, CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import io_encodings
 from qnpu.compiler.integer_model import PARITY_NAME, lower_model, parity_writers
 from qnpu.compiler.output import Writer, write_json, write_outputs
@@ -127,7 +128,8 @@ def compile_cached(
     ]
     run_passes(decode_passes, second, after_pass=lambda done: verify_stage(second))
     _check_ties(result.model, second.model)
-    integers = [lower_model(graph) for graph in (result.model, second.model)]
+    cpu = Cpu(config.cpu)
+    integers = [lower_model(graph, cpu) for graph in (result.model, second.model)]
     return CachedDecoder(replace(result, integer_model=integers[0]), second.model, *integers)
 
 

@@ -45,6 +45,7 @@ from qnpu.compiler.graph_edit import static_shape
 from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import INTEGER_NAME, PARITY_NAME
 from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
@@ -74,7 +75,7 @@ from qnpu.runtime_check.learning_record import LEARNING_FOLDER, LearningRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.oracle import random_feeds
 from qnpu.runtime_check.perplexity import measure_perplexity
-from qnpu.runtime_check.session import Feeds, Mode, open_session
+from qnpu.runtime_check.session import Feeds, Mode, check_cpu, open_session
 
 _MODEL = (
     "An .onnx or .gguf file, a Hugging Face id or folder, or a built-in name: "
@@ -265,6 +266,13 @@ def _compile(
             help="Write model.int.onnx as well: the same on integers alone. Default: no.",
         ),
     ] = None,
+    cpu: Annotated[
+        str | None,
+        typer.Option(
+            help="What integer graphs are right on: any, or vnni (x86 with VNNI or AMX, Arm), "
+            "where they are faster. Default: any."
+        ),
+    ] = None,
     freeze_dim: Annotated[
         list[str] | None, typer.Option(help="NAME=SIZE or INPUT:AXIS=SIZE; may be repeated.")
     ] = None,
@@ -336,6 +344,7 @@ def _compile(
         "mask_value": mask_value,
         "integer_io": integer_io,
         "integer": integer,
+        "cpu": cpu,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
         "keep_inputs": tuple(keep_input) if keep_input else None,
         "eval_text": eval_text,
@@ -349,6 +358,7 @@ def _compile(
     given = from_file | {k: v for k, v in options.items() if v is not None}
     settings = CompileConfig(**given)
     settings.check_processes(process_count())
+    check_cpu(Cpu(settings.cpu))
     if explain_topology:
         _print_topology(model, settings, quiet)
         return
@@ -500,8 +510,8 @@ def _more_files(
 
 # ---------------------------------------------------- qnpu-compile, of a file quantized already
 
-_FOR_QUANTIZED = ("bos", "calib", "emit", "freeze_dims", "integer", "integer_io", "keep_inputs",
-                  "seq_len", "target", "tokenizer")  # fmt: skip
+_FOR_QUANTIZED = ("bos", "calib", "cpu", "emit", "freeze_dims", "integer", "integer_io",
+                  "keep_inputs", "seq_len", "target", "tokenizer")  # fmt: skip
 
 
 def _refuse_idle_options(given: dict[str, Any], target: TargetProfile, model: str) -> None:

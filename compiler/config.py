@@ -12,12 +12,14 @@ from typing import Any, get_type_hints
 from qnpu.compiler.bit_plan import CHOSEN_BITS, LEARNED_BITS, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.prefix import parse_prefix
 from qnpu.compiler.rules import InvalidConfig, MissingFile
 from qnpu.compiler.target import DEFAULT_TARGET, load_target
 from qnpu.runtime_check.observer import RangeMethod
 
 AI_HUB = "ai-hub"
+_BYTE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class CompileConfig:
             target's.
         integer_io: graph inputs and outputs with an encoding are codes, not real numbers.
         integer: write model.int.onnx as well, which computes on integers alone.
+        cpu: that integer graphs are right on: ``any``, or ``vnni``, where ONNX Runtime multiplies
+            faster (x86 with VNNI or AMX, Arm).
         freeze_dims: dimension name or ``input:axis`` → size.
         keep_inputs: inputs that freeze-shapes must not bind.
         eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
@@ -109,6 +113,7 @@ class CompileConfig:
     mask_value: float | None = None
     integer_io: bool = False
     integer: bool = False
+    cpu: str = "any"
     freeze_dims: Mapping[str, int] = field(default_factory=dict)
     keep_inputs: tuple[str, ...] = ()
     eval_text: str = ""
@@ -139,6 +144,7 @@ class CompileConfig:
             _fail("learn_weights", "rotations are learned end to end: learn = end-to-end")
         _check_share("distill", self.distill)
         _check_share("local_loss", self.local_loss)
+        _check_choice("cpu", self.cpu, [item.value for item in Cpu])
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
@@ -153,6 +159,8 @@ class CompileConfig:
         _check_choice("names", self.names, ["source", AI_HUB])
         if self.context:
             self._check_context()
+        elif self.cpu != Cpu.ANY.value and not self.integer:
+            _fail("cpu", "has no effect without integer or a context: no integer graph is made")
         elif self.names != "source":
             _fail("names", "has no effect without a context: no caches are named")
         if not -1e4 < self.mask_constant < 0:
@@ -198,6 +206,16 @@ class CompileConfig:
             query_bits=self.query_bits,
             logits_bits=self.logits_bits,
         )
+
+    @property
+    def snaps_scales(self) -> bool:
+        """An integer graph gains by scales of few bits: linears take 8, and no scale is learned.
+
+        Where they take 16, sums need 64 bits or two bytes anyway, and few bits would only make
+        results common that lie halfway between two codes.
+        """
+        integers = self.integer or self.context > 0
+        return integers and self.learn == "none" and self.bits_by_role.input_bits <= _BYTE_BITS
 
     @property
     def mask_constant(self) -> float:

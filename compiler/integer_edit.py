@@ -18,8 +18,13 @@ from qnpu.compiler.graph_edit import (
     static_shape,
 )
 from qnpu.compiler.integer_arguments import Arguments, lookup_arguments
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_functions import DOMAIN, NEEDS, VERSION, integer_function
 from qnpu.compiler.quantized_results import stored_type
+
+_HALF = 128  # what int8 codes are less than uint8 codes
+_BYTE_MAX = 255
+_INT16_MAX = 2**15 - 1
 
 
 class IntegerEditor(GraphEditor):
@@ -27,13 +32,16 @@ class IntegerEditor(GraphEditor):
 
     Args:
         model: changed in place.
+        cpu: that it must be right on.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, cpu: Cpu = Cpu.ANY) -> None:
         super().__init__(model.graph)
+        self.cpu = cpu
         self._model = model
         self._shared: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._bytes: dict[ir.Value, list[ir.Value]] = {}
+        self._unsigned: dict[ir.Value, ir.Value] = {}
 
     def call(
         self,
@@ -189,15 +197,46 @@ class IntegerEditor(GraphEditor):
             value = self.constant(f"{name_of(value)}_transposed", packed, value.dtype)
         if value.dtype is ir.DataType.INT8:
             return value
-        cast = self.node(
-            "Cast",
-            [value],
-            f"{name_of(value)}_int8",
-            codes.shape,
-            before=before,
-            to=int(ir.DataType.INT8),
-        )
-        cast.type = ir.TensorType(ir.DataType.INT8)
+        return self._cast(value, ir.DataType.INT8, before)
+
+    def beside(
+        self,
+        first: ir.Value,
+        codes: ir.Value,
+        zero_point: int,
+        *,
+        before: ir.Node,
+        reach: int = _HALF,
+    ) -> tuple[ir.Value, int]:
+        """The second operand of a product as its kernel needs it, and its zero point.
+
+        Args:
+            first: the first operand.
+            codes: of 8 bits.
+            zero_point: of those.
+            before: place of new nodes, of which the same codes have only one.
+            reach: greatest |code|, LSB; of two products of small ones the sum fits 16 bits.
+        """
+        signed = first.dtype is ir.DataType.UINT8 and codes.dtype is ir.DataType.INT8
+        if self.cpu is not Cpu.ANY or not signed or 2 * _BYTE_MAX * reach <= _INT16_MAX:
+            return codes, zero_point
+        if codes not in self._unsigned:
+            same_bits = self._cast(codes, ir.DataType.UINT8, before)
+            half = self.number(np.array(_HALF, np.uint8))
+            self._unsigned[codes] = self.move(
+                "BitwiseXor",
+                [same_bits, half],
+                f"{name_of(codes)}_unsigned",
+                codes.shape.dims if codes.shape is not None else None,
+                before=before,
+            )
+        return self._unsigned[codes], zero_point + _HALF
+
+    def _cast(self, value: ir.Value, kind: ir.DataType, before: ir.Node) -> ir.Value:
+        shape = value.shape.dims if value.shape is not None else None
+        name = f"{name_of(value)}_{kind.name.lower()}"
+        cast = self.node("Cast", [value], name, shape, before=before, to=int(kind))
+        cast.type = ir.TensorType(kind)
         return cast
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:

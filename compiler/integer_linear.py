@@ -98,10 +98,11 @@ def _pieces(weights: NDArray[Any]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bytes:
-    """8-bit codes and their zero point, LSB."""
+    """8-bit codes, their zero point and, of signed ones, the greatest |code|, LSB."""
 
     codes: ir.Value
     zero_point: int
+    reach: int = 128
 
 
 def _bytes(editor: IntegerEditor, item: CodedInput, node: ir.Node) -> list[_Bytes]:
@@ -121,6 +122,7 @@ def _product(
     pieces: list[tuple[int, int]],
 ) -> ir.Value:
     """Sums of a product, int32; int64 where they are made of several pieces."""
+    b = _Bytes(*editor.beside(a.codes, b.codes, b.zero_point, before=node, reach=b.reach))
     if len(pieces) == 1:
         return _whole_product(editor, node, a, b, result)
     total: ir.Value | None = None
@@ -302,9 +304,12 @@ def _quantized_product(
 ) -> ir.Value:
     scales = np.array([float(ratio) for ratio in linear.ratios], np.float32)
     unit = editor.scale(np.array(1, np.float32))
+    operand, zero_point = editor.beside(
+        linear.one.codes, operand, 0, before=node, reach=linear.weight.reach
+    )
     ends = [
         editor.zero_point(zero, like)
-        for zero, like in ((linear.one.zero_point, linear.one.codes), (0, operand))
+        for zero, like in ((linear.one.zero_point, linear.one.codes), (zero_point, operand))
     ]
     inputs = [
         *(linear.one.codes, unit, ends[0]),
@@ -324,7 +329,8 @@ def _channels(
 ) -> ir.Value:
     """All channels of a linear, or some: sums, then codes."""
     pieces = linear.pieces
-    products = [_product(editor, node, part, _Bytes(operand, 0), result, pieces) for part in parts]
+    second = _Bytes(operand, 0, linear.weight.reach)
+    products = [_product(editor, node, part, second, result, pieces) for part in parts]
     short = linear.short_form()
     if short is not None:
         function, arguments = short
@@ -377,6 +383,11 @@ class _Weight:
             bias = np.broadcast_to(bias.reshape(-1), (channels,))
         codes = widened(array).astype(np.int8)
         return cls(operand.codes, codes.T if transposed else codes, operand.scale, transposed, bias)
+
+    @property
+    def reach(self) -> int:
+        """Greatest |code|, LSB."""
+        return int(np.abs(self.codes.astype(np.int16)).max(initial=0))
 
     def part(self, start: int, end: int) -> _Weight:
         """Some of the channels."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import Diagnostic
+from qnpu.compiler.integer_cpu import Cpu, mark_cpu
 from qnpu.compiler.output import Writer, write_json
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -33,22 +34,27 @@ if TYPE_CHECKING:
 
 INTEGER_NAME = "model.int.onnx"
 PARITY_NAME = "parity.json"
-PASSES: tuple[Pass, ...] = (
-    LowerIo(),
-    FoldConversions(),
-    LowerRotary(),
-    LowerAttention(),
-    LowerNonlinear(),
-    FoldRequantize(),
-    FoldReshapes(),
-)
 
 
-def lower_model(model: ir.Model) -> ir.Model:
+def integer_passes(cpu: Cpu) -> list[Pass]:
+    """Every pass from Q/DQ to integers, in the order they run."""
+    return [
+        LowerIo(),
+        FoldConversions(),
+        LowerRotary(),
+        LowerAttention(cpu),
+        LowerNonlinear(),
+        FoldRequantize(cpu),
+        FoldReshapes(),
+    ]
+
+
+def lower_model(model: ir.Model, cpu: Cpu = Cpu.ANY) -> ir.Model:
     """The same function on codes; inputs and outputs that have an encoding are codes, too.
 
     Args:
         model: Q/DQ, typed, in topological order; not changed.
+        cpu: that the result must be right on.
 
     Returns:
         A copy that shares weights; ``with_real_io`` gives it real inputs and outputs again.
@@ -57,7 +63,8 @@ def lower_model(model: ir.Model) -> ir.Model:
         DiagnosticError: QN401 an operator has no integer form.
     """
     compilation = Compilation(model.clone(), stage=Stage.QDQ)
-    run_passes(PASSES, compilation, after_pass=lambda done: verify_stage(compilation))
+    run_passes(integer_passes(cpu), compilation, after_pass=lambda _: verify_stage(compilation))
+    mark_cpu(compilation.model, cpu)
     return compilation.model
 
 

@@ -20,6 +20,7 @@ from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import (
     INTEGER_NAME,
@@ -145,10 +146,10 @@ def default_passes(
     turns = config.learn_weights == "rotations"  # of which codes are the nearest, so before others
     method = RangeMethod(config.range_method)
     again: list[Pass] = [RecalibrateRanges(measured, method, progress=progress)]
-    snapping: list[Pass] = [SnapScales()] if config.integer or config.context else []
+    snapping: list[Pass] = [SnapScales()] if config.snaps_scales else []
     encodings: list[Pass] = [
         CalibrateRanges(measured, method, progress=progress),
-        *(snapping if config.learn == "none" else []),
+        *snapping,
         *(learning if config.learn != "none" and turns else []),
         *(rounding if config.chosen_bits else []),
         *(learning if config.learn != "none" and not turns else []),
@@ -251,7 +252,7 @@ def compile_model(
         legalized=compilation.legalized,
         learning=compilation.learning,
         unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
-        integer_model=lower_model(model) if config.integer else None,
+        integer_model=lower_model(model, Cpu(config.cpu)) if config.integer else None,
     )
 
 

@@ -16,6 +16,7 @@ from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import certify, lower_model, parity_summary, parity_writers
 from qnpu.compiler.output import Writer
@@ -97,7 +98,7 @@ def legalize_model(
     source, before = model.clone(), _verdicts(model, compilation.target)
     rewrites |= run_passes(last, compilation, after_pass=lambda done: None)
     batch = feeds(source.graph)
-    integer = lower_model(model) if config.integer else None
+    integer = lower_model(model, Cpu(config.cpu)) if config.integer else None
     parity = None
     if integer is not None:
         parity = certify(with_real_io(model), integer, batch, compilation.diagnostics)

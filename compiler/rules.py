@@ -1193,6 +1193,36 @@ class IntegerDiffers(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class CpuSaturates(Rule):
+    """What it checks
+        A graph for CPUs with VNNI is run on such a one.
+
+    Why it matters
+        On other x86 CPUs ONNX Runtime adds two products of uint8 and int8 in 16 bits, which
+        saturate: the graph's results would be wrong, and nothing would say so.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --integer --cpu vnni      # on a CPU with AVX2 alone
+        ```
+
+    How to fix
+        Compile with `--cpu any`: such a graph is right on every CPU. One made with `--cpu vnni`
+        wants AVX512-VNNI, AVX-VNNI or AMX, or an Arm CPU, to be checked and run.
+    """
+
+    code: ClassVar[str] = "QN403"
+    name: ClassVar[str] = "cpu-saturates"
+    severity: ClassVar[Severity] = Severity.ERROR
+
+    def message(self) -> str:
+        return "this CPU adds products of uint8 and int8 in 16 bits, which saturate"
+
+    def help(self) -> str:
+        return "compile with --cpu any, or use a CPU with VNNI"
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownScheme(Rule):
     """What it checks
         The scheme is one of w8a16, w8a8, w4a16, w4a8 and w4a4.

@@ -17,6 +17,7 @@ from qnpu.compiler.integer_arguments import (
     multiply_arguments,
     short_arguments,
 )
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_linear import fold_gemm, fold_matmul
 from qnpu.compiler.integer_math import exact_ratios, fixed_point
@@ -75,9 +76,11 @@ class FoldRequantize(Pass):
     consumes: ClassVar[Stage] = Stage.QDQ
     produces: ClassVar[Stage] = Stage.INTEGER
 
+    cpu: Cpu = Cpu.ANY
+
     def run(self, compilation: Compilation) -> int:
         model = compilation.model
-        editor, count = IntegerEditor(model), 0
+        editor, count = IntegerEditor(model, self.cpu), 0
         for node in list(model.graph):
             if not is_standard(node) or node.op_type in (QUANTIZE, DEQUANTIZE):
                 continue

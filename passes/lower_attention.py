@@ -19,6 +19,7 @@ from qnpu.compiler.integer_arguments import (
     signed_arguments,
     split_arguments,
 )
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import INT32_MAX, AttentionNumbers, attention_numbers
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
@@ -60,9 +61,11 @@ class LowerAttention(Pass):
     consumes: ClassVar[Stage] = Stage.QDQ
     produces: ClassVar[Stage] = Stage.QDQ
 
+    cpu: Cpu = Cpu.ANY
+
     def run(self, compilation: Compilation) -> int:
         model = compilation.model
-        editor, count = IntegerEditor(model), 0
+        editor, count = IntegerEditor(model, self.cpu), 0
         for node in list(model.graph):
             attention = QuantizedAttention.ending_at(node)
             results = coded_results(node.outputs[0]) if attention is not None else None
@@ -140,9 +143,12 @@ class _Lowering:
                 for part, zero in parts
             ]
         zeros = [attention.keys.zero_point, attention.values.zero_point]
-        if attention.shape[-2] >= _MANY_QUERIES:
+        if editor.cpu is Cpu.VNNI and attention.shape[-2] >= _MANY_QUERIES:
             keys, zeros[0] = _signed(editor, keys, zeros[0], node)
             values, zeros[1] = _signed(editor, values, zeros[1], node)
+        keys, zeros[0] = editor.beside(parts[0][0], keys, zeros[0], before=node)
+        exponentials = ir.Value(type=ir.TensorType(ir.DataType.UINT8))
+        values, zeros[1] = editor.beside(exponentials, values, zeros[1], before=node)
         values = _with_ones(editor, values, node)
         if shared is not None:
             keys = _transposed(editor, keys, node) if shared[0].transposed else keys

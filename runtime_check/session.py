@@ -12,17 +12,20 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import DiagnosticError, first_line
-from qnpu.compiler.rules import GraphDoesNotRun
+from qnpu.compiler.integer_cpu import MARK, Cpu
+from qnpu.compiler.rules import CpuSaturates, GraphDoesNotRun
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,19 +74,47 @@ def open_session(
         mode: see ``Mode``.
 
     Raises:
-        DiagnosticError: QN116 where ONNX Runtime refuses the graph.
+        DiagnosticError: QN116 where ONNX Runtime refuses the graph, QN403 where it would multiply
+            wrongly on this CPU.
     """
     options = session_options(mode)
     try:
         if isinstance(model, Path):
-            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        if isinstance(model, ir.Model):
-            return _open_in_memory(model, options)
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+            session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        elif isinstance(model, ir.Model):
+            session = _open_in_memory(model, options)
+        else:
+            session = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
     except _ORT_ERRORS as error:
         raise DiagnosticError(GraphDoesNotRun(first_line(error)).at()) from error
+    known = session.get_modelmeta().custom_metadata_map
+    check_cpu(Cpu(known.get(MARK, Cpu.ANY.value)))
+    return session
+
+
+def check_cpu(cpu: Cpu) -> None:
+    """Whether a graph for such CPUs is right on this one.
+
+    Raises:
+        DiagnosticError: QN403 it is not.
+    """
+    if cpu is Cpu.VNNI and not adds_in_32_bits():
+        raise DiagnosticError(CpuSaturates().at())
+
+
+@cache
+def adds_in_32_bits() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 are right on this CPU: it is asked."""
+    one, other = np.full((4, 64), 255, np.uint8), np.full((64, 32), 127, np.int8)
+    graph = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 13]>
+        g (uint8[4, 64] a, int8[64, 32] b) => (int32[4, 32] y) { y = MatMulInteger(a, b) }"""
+    )
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"a": one, "b": other})
+    return bool((sums == 64 * 255 * 127).all())
 
 
 def run(session: ort.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:

@@ -103,6 +103,8 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"range_method": "guess"}, "QN503"),
         ({"down_bits": 4}, "QN503"),
         ({"query_bits": 4}, "QN503"),
+        ({"integer": True, "cpu": "6502"}, "QN503"),
+        ({"cpu": "vnni"}, "QN503"),  # for no integer graph
         ({"logits_bits": 32}, "QN503"),
         ({"down_bits": 8, "promote": -0.1}, "QN503"),
         ({"down_bits": 8, "promote": 1.1}, "QN503"),

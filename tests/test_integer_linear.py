@@ -8,10 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_math import round_half_up
 from qnpu.compiler.integer_only import float_faults
 from qnpu.passes.fold_requantize import FoldRequantize
-from tests.conftest import Array, apply, parse
+from qnpu.runtime_check.session import adds_in_32_bits
+from tests.conftest import Array, apply, parse, run_model
 from tests.integer_cells import (
     KINDS,
     cell,
@@ -142,7 +144,8 @@ def test_bytes_on_the_grid_are_requantized_by_float32(kind: str, given: str, wei
     model, numbers = on_grid(kind, given, weight, scales, 8.0)
     a = extremes(kind, numbers)
     found = folded(model, a=a)
-    assert operators(model) == ["Cast"] * (weight == "int4") + ["QLinearMatMul"]
+    unsigned = ["Cast", "BitwiseXor"] * (kind == "uint8" and weight == "int8")
+    assert operators(model) == ["Cast"] * (weight == "int4") + unsigned + ["QLinearMatMul"]
     assert not list(float_faults(model))
     ties = 0
     for channel, scale_of in enumerate(scales):
@@ -174,7 +177,7 @@ def test_bytes_with_a_bias_are_requantized_in_32_bits() -> None:
     model, numbers = on_grid("uint8", "uint8", "int8", scales, 8.0, bias=True)
     a = extremes("uint8", numbers)
     found = folded(model, a=a)
-    assert operators(model) == ["MatMulInteger", "IntRequantizeShort"]
+    assert operators(model)[-2:] == ["MatMulInteger", "IntRequantizeShort"]
     for channel, scale_of in enumerate(scales):
         sums = whole(a, 100) @ numbers[:, channel].astype(object) + 700 * channel - 999
         expected = rounded(sums, Fraction(scale_of) / 8, 90, KINDS["uint8"])
@@ -205,6 +208,26 @@ def test_off_the_grid_neither_is_used(given: str) -> None:
     apply(FoldRequantize(), model)
     assert {"QLinearMatMul", "IntRequantizeShort"}.isdisjoint(operators(model))
     assert operators(model)[-1].startswith("IntRequantize")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16"])
+@pytest.mark.parametrize("weight", ["int8", "int4"])
+@pytest.mark.parametrize("cpu", list(Cpu))
+def test_kinds_of_bytes_that_are_multiplied(kind: str, weight: str, cpu: Cpu) -> None:
+    """Two products of uint8 and int8 need more than 16 bits: 2 · 255 · 127."""
+    model, numbers = on_grid(kind, "uint16", weight, [2.0**-3] * 24, 1.0)
+    a = extremes(kind, numbers)
+    apply(FoldRequantize(cpu), model)
+    products = [node for node in model.graph if node.op_type == "MatMulInteger"]
+    assert len(products) == 1 + (kind == "uint16")
+    unsigned = cpu is Cpu.ANY and kind != "int8" and weight == "int8"
+    kinds = {value.dtype for node in products if (value := node.inputs[1])}
+    assert kinds == {ir.DataType.UINT8 if unsigned else ir.DataType.INT8}
+    assert operators(model).count("BitwiseXor") == unsigned
+    if cpu is Cpu.ANY or kind == "int8" or weight == "int4" or adds_in_32_bits():
+        sums = whole(a, 100) @ numbers.astype(object)
+        expected = rounded(sums, Fraction(1, 8), 90, U16)
+        np.testing.assert_array_equal(run_model(model, {"a": a})[0], expected)
 
 
 def test_types_that_differ_have_no_float32_form() -> None:

@@ -7,8 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler import quantized_attention
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.passes import lower_attention
 from qnpu.passes.lower_attention import LowerAttention
+from qnpu.runtime_check.session import adds_in_32_bits
 from tests.conftest import Array, apply, parse, run_model
 from tests.integer_nodes import S8, U8, U16, codes
 from tests.lowered import lowered
@@ -115,18 +117,25 @@ def functions(model: ir.Model) -> list[str]:
 @pytest.mark.parametrize(("queries", "keys"), [("uint8", "uint8"), ("uint16", "int8")])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("cpu", list(Cpu))
 def test_forms(
-    form: str, queries: str, keys: str, many: bool, monkeypatch: pytest.MonkeyPatch
+    form: str, queries: str, keys: str, many: bool, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lower_attention, "_MANY_QUERIES", TOKENS + (0 if many else 1))
     model = attention(FORMS[form], queries=queries, keys=keys)
     feeds = given(queries, keys)
-    assert apply(LowerAttention(), model) == 1
-    assert apply(LowerAttention(), model) == 0
+    assert apply(LowerAttention(cpu), model) == 1
+    assert apply(LowerAttention(cpu), model) == 0
     assert set(functions(model)) >= FUNCTIONS
-    assert ("IntSigned" in functions(model)) == many
+    signed = [many, many or keys == "int8"] if cpu is Cpu.VNNI else [False]
+    products = [node for node in model.graph if node.op_type == "MatMulInteger"]
+    kinds = {value.dtype for node in products if (value := node.inputs[1])}
+    assert kinds == {ir.DataType.INT8 if item else ir.DataType.UINT8 for item in signed}
+    assert ("IntSigned" in functions(model)) == (cpu is Cpu.VNNI and many)
     assert ("IntLookup" in functions(model)) == (form in ("scaled, masked", "mask first"))
     assert not {"Softmax", "MatMul"} & {node.op_type for node in model.graph}
+    if any(signed) and not adds_in_32_bits():
+        return
     found = run_model(model, feeds)[0].astype(float)
     real = exact(feeds, form, np.where(CAUSAL, MASKED, UNMASKED))
     expected = np.clip(real / np.float32(0.02) + 100, 0, 255)

@@ -177,7 +177,7 @@ def test_codes_that_lost_their_name() -> None:
     assert set(after.unmatched) - set(before.unmatched) == {lost}
     (whole,) = [t for t in after.tensors if t.name == name_of(layout.outputs[0])]
     assert whole.kind == "layout"
-    assert whole.functions[0] == "MatMulInteger"
+    assert "MatMulInteger" in whole.functions
     assert whole.functions[-1] == "Reshape"
 
 

@@ -59,6 +59,7 @@ TRIGGERED_BY = {
     "QN401": "test_fold_requantize.py::test_what_has_no_integer_form_is_told",
     "QN312": "test_take_encodings.py::test_graphs_that_differ",
     "QN402": "test_integer_model.py::test_an_integer_graph_that_differs_is_told",
+    "QN403": "test_session.py::test_a_graph_for_other_cpus_is_refused",
     "QN501": "test_bit_plan.py::test_unknown_schemes",
     "QN502": "test_target.py::test_unknown_targets",
     "QN503": "test_config.py::test_faults_of_a_file",

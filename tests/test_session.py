@@ -11,8 +11,12 @@ import onnxruntime as ort
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.integer_cpu import Cpu, mark_cpu
+from qnpu.runtime_check import session as sessions
 from qnpu.runtime_check.session import (
     Mode,
+    adds_in_32_bits,
+    check_cpu,
     cpu_flags,
     input_dtypes,
     open_session,
@@ -137,3 +141,32 @@ def test_input_types() -> None:
 def test_cpu_flags_are_a_list_in_a_fixed_order() -> None:
     assert cpu_flags() == cpu_flags()
     assert all(isinstance(flag, str) for flag in cpu_flags())
+
+
+def test_whether_sums_of_products_saturate() -> None:
+    """What ONNX Runtime's sources say of x86; elsewhere all kernels add in 32 bits."""
+    flags = set(cpu_flags())
+    if "avx2" in flags:
+        assert adds_in_32_bits() == bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    else:
+        assert adds_in_32_bits()
+
+
+@pytest.mark.parametrize("form", ["path", "proto", "memory"])
+def test_a_graph_for_other_cpus_is_refused(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parse(TEXT)
+    mark_cpu(model, Cpu.VNNI)
+    ir.save(model, tmp_path / "m.onnx")
+    sources: dict[str, Path | onnx.ModelProto | ir.Model]
+    sources = {"path": tmp_path / "m.onnx", "proto": ir.to_proto(model), "memory": model}
+    source = sources[form]
+    monkeypatch.setattr(sessions, "adds_in_32_bits", lambda: True)
+    open_session(source)
+    monkeypatch.setattr(sessions, "adds_in_32_bits", lambda: False)
+    with pytest.raises(DiagnosticError) as caught:
+        open_session(source)
+    assert caught.value.codes == ["QN403"]
+    check_cpu(Cpu.ANY)
+    open_session(parse(TEXT))
