@@ -26,6 +26,7 @@ from qnpu.compiler.quantized_results import (
     only_source,
 )
 
+_BITS = 8  # of what is turned
 _CLOSE = Fraction(1, 256)  # LSB
 
 
@@ -49,8 +50,9 @@ class LowerRotary(Pass):
 
     Tables that are computed, as for positions that come in, stay codes of their own.
 
-    Must not fire where a product is used twice, shapes differ, or computed tables or what they are
-    multiplied with differ in scale.
+    Must not fire where what is turned has more than 8 bits: each of the Q/DQ graph's roundings is
+    kept then, as nothing is won in 64 bits. Nor where a product is used twice, shapes differ, or
+    computed tables or what they are multiplied with differ in scale.
     """
 
     name: ClassVar[str] = "lower-rotary"
@@ -69,6 +71,8 @@ class LowerRotary(Pass):
             if one is None or other is None or not results:
                 continue
             if static_shape(one.operand.codes) != static_shape(other.operand.codes):
+                continue
+            if any(item.operand.encoding.spec.bits > _BITS for item in (one, other)):
                 continue
             narrow = [NarrowedResult.of(result, moved=False).result for result in results]
             made = [_rotated(editor, node, one, other, result) for result in narrow]
