@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qnpu.compiler.bit_choices import FORMAT, VERSION, BitChoices
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.quant_types import Granularity, PerChannel, QuantSpec
 from qnpu.compiler.rules import UnknownScheme
@@ -80,12 +81,14 @@ class BitPlan:
         sensitivities: input of a down projection → its relative error at few bits
             (``qnpu.runtime_check.sensitivity``); empty where it was not measured.
         promoted: those that were given more bits for it, most sensitive first.
+        choices: bits of every linear and cache, as they came to be.
     """
 
     scheme: str = ""
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     sensitivities: dict[str, float] = field(default_factory=dict)
     promoted: tuple[str, ...] = ()
+    choices: BitChoices = field(default_factory=BitChoices)
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
@@ -99,11 +102,12 @@ class BitPlan:
     def to_json(self) -> dict[str, object]:
         """A plain dictionary in plan order, as written to bit_plan.json."""
         return {
-            "format": "qnpu-bit-plan",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
             "scheme": self.scheme,
             "sensitivities": self.sensitivities,
             "promoted": list(self.promoted),
+            **self.choices.to_json(),
             "tensors": {name: spec_to_json(spec) for name, spec in self.specs.items()},
         }
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qnpu.compiler.bit_choices import read_plan
 from qnpu.compiler.bit_plan import SCHEMES
 from qnpu.compiler.cached_decoder import (
     FILES,
@@ -205,6 +206,10 @@ def _compile(
             help="Under torchrun, share what is learned out between processes (FSDP).",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="A bit_plan.json, perhaps edited: bits of each linear and cache."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what a killed run had learned.")
     ] = False,
@@ -312,7 +317,8 @@ def _compile(
     """
     started = time.perf_counter()
     options = {
-        "scheme": scheme,
+        "scheme": scheme or (read_plan(Path(plan))[0] if plan else None),
+        "plan": plan,
         "target": target,
         "emit": tuple(emit.split(",") if emit else ()) if emit is not None else None,
         "calib": calib,

@@ -7,8 +7,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from qnpu.compiler.bit_choices import BitChoices, read_plan
 from qnpu.compiler.bit_plan import CHOSEN_BITS, LEARNED_BITS, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
@@ -33,6 +35,8 @@ class CompileConfig:
         logits_bits: bits of the last linear's result, 8 or 16.
         promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
             is 8: those that lose most at 8 bits.
+        plan: a bit_plan.json, perhaps edited: bits of linears and caches; all else goes by the
+            scheme, which is to be the plan's.
         target: name of a target profile.
         emit: further files to write, by name (see ``qnpu.compiler.emit``).
         calib: text file, Hugging Face data set, or .npz; empty: the built-in text.
@@ -86,6 +90,7 @@ class CompileConfig:
     query_bits: int = 16
     logits_bits: int = 16
     promote: float = 0.0
+    plan: str = ""
     target: str = DEFAULT_TARGET
     emit: tuple[str, ...] = ()
     calib: str = ""
@@ -134,6 +139,8 @@ class CompileConfig:
         _check_share("promote", self.promote)
         if self.promote and self.down_bits == 16:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
+        if self.plan and (self.promote or self.down_bits == 8):
+            _fail("plan", "says itself which inputs get 16 bits: no promote, no down_bits")
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "seqmse", "nearest"])
         _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
@@ -216,6 +223,20 @@ class CompileConfig:
         """
         integers = self.integer or self.context > 0
         return integers and self.learn == "none" and self.bits_by_role.input_bits <= _BYTE_BITS
+
+    @property
+    def bit_choices(self) -> BitChoices | None:
+        """What the plan says.
+
+        Raises:
+            DiagnosticError: QN102 or QN540 it cannot be read, QN503 it is of another scheme.
+        """
+        if not self.plan:
+            return None
+        scheme, choices = read_plan(Path(self.plan))
+        if scheme != self.scheme:
+            _fail("scheme", f"is {self.scheme}, but {self.plan} is a plan for {scheme}")
+        return choices
 
     @property
     def mask_constant(self) -> float:

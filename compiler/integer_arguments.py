@@ -14,7 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnpu.compiler.integer_math import (
     LIFT_BITS,
+    ROOT_COARSE,
+    ROOT_DENSE,
+    ROOT_PART,
     ROOT_START,
+    ROOT_STEP,
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
@@ -331,7 +335,12 @@ def root_arguments() -> Arguments:
         "twos": 2**sizes,
         "start": np.array(ROOT_START, np.int64),
         "last": np.array([-1], np.int64),
+        "one": np.array(1, np.int64),
         "two": np.array(2, np.int64),
+        "part": np.array(ROOT_PART, np.int64),
+        "step": np.array(ROOT_STEP, np.int64),
+        "coarse": np.array(ROOT_COARSE, np.int64),
+        "dense": np.array(ROOT_DENSE, np.int64),
     }
 
 

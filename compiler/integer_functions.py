@@ -225,19 +225,23 @@ def IntWhere(condition, a, b, to: int):
 
 @script(QNPU, default_opset=op)
 def IntSoftmax(x, exponentials, axes, numerator, offset, shift, high, to: int):
-    """y = (e·⌊numerator / Σe⌋ + offset) >> shift, at most high; e = exponentials[max x - x]."""
+    """y = (⌊e·numerator / Σe⌋ + offset) >> shift, at most high; e = exponentials[max x - x]."""
     wide = op.Cast(x, to=_INT32)
     weights = op.Gather(exponentials, op.ReduceMax(wide, axes, keepdims=1) - wide)
-    share = numerator / op.ReduceSum(weights, axes, keepdims=1)
-    sums = op.Cast(weights * share + offset, to=_UINT64)
+    shares = weights * numerator / op.ReduceSum(weights, axes, keepdims=1)
+    sums = op.Cast(shares + offset, to=_UINT64)
     return op.Cast(op.Min(op.BitShift(sums, shift, direction="RIGHT"), high), to=to)
 
 
 @script(QNPU, default_opset=op)
-def IntReciprocalRoot(n, numerator, powers, fours, twos, start, last, two):
-    """⌊numerator / √n⌋, of n·4^t, which is near 2^62, t being the most that allows.
+def IntReciprocalRoot(
+    n, numerator, powers, fours, twos, start, last, one, two, part, step, coarse, dense
+):
+    """numerator / √n, of n·4^t, which is near 2^62, t being the most that allows.
 
-    √(n·4^t) by four steps of Newton's method from ``start``, to 30 bits; powers = 4^j.
+    √(n·4^t) = r + f: r, whole, by four steps of Newton's method from ``start``, less one, so that
+    f = (n·4^t - r²) / 2r is from 0 to 2. The result is q - q·f/r with q = ⌊numerator·2^t / r⌋.
+    powers = 4^j; f has ``part`` steps, f/r ``part``·``step``, and so has coarse·dense.
     """
     above = op.Cast(op.GreaterOrEqual(op.Unsqueeze(n, last), powers), to=_INT64)
     size = op.ReduceSum(above, last, keepdims=0)
@@ -245,11 +249,12 @@ def IntReciprocalRoot(n, numerator, powers, fours, twos, start, last, two):
     root1 = (start + scaled / start) / two
     root2 = (root1 + scaled / root1) / two
     root3 = (root2 + scaled / root2) / two
-    root4 = (root3 + scaled / root3) / two
-    whole = numerator / root4
-    rest = numerator - whole * root4
+    root = (root3 + scaled / root3) / two - one
+    slope = (scaled - root * root) * part / (root * two) * step / root
+    whole = numerator / root
     shift = op.Gather(twos, size)
-    return whole * shift + rest * shift / root4
+    share = whole * shift + (numerator - whole * root) * shift / root
+    return share - share / coarse * slope / dense
 
 
 @script(QNPU, default_opset=op)
@@ -265,7 +270,12 @@ def IntRMSNorm(
     twos,
     start,
     last,
+    one,
     two,
+    part,
+    step,
+    coarse,
+    dense,
     gain,
     offset,
     shift,
@@ -279,7 +289,9 @@ def IntRMSNorm(
     """
     centred = op.Cast(x, to=_INT64) - zero
     energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
-    share = QNPU.IntReciprocalRoot(energy, numerator, powers, fours, twos, start, last, two)
+    share = QNPU.IntReciprocalRoot(
+        energy, numerator, powers, fours, twos, start, last, one, two, part, step, coarse, dense
+    )
     sums = op.Cast(centred * gain * share, to=_UINT64) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 
@@ -335,7 +347,12 @@ def IntLayerNorm(
     twos,
     start,
     last,
+    one,
     two,
+    part,
+    step,
+    coarse,
+    dense,
     gain,
     offset,
     shift,
@@ -347,7 +364,9 @@ def IntLayerNorm(
     fine = op.Cast(x, to=_INT64) * finer
     centred = fine - (op.ReduceSum(fine, axes, keepdims=1) + half) / size
     energy = op.ReduceSum(centred * centred, axes, keepdims=1) * prescale + epsilon
-    share = QNPU.IntReciprocalRoot(energy, numerator, powers, fours, twos, start, last, two)
+    share = QNPU.IntReciprocalRoot(
+        energy, numerator, powers, fours, twos, start, last, one, two, part, step, coarse, dense
+    )
     sums = op.Cast(centred * gain * share, to=_UINT64) + offset
     return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
 

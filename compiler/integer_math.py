@@ -30,6 +30,10 @@ LIFT_BITS = 62
 """2^62 is added to sums before a logical shift: none is negative then."""
 ROOT_START = 3 << 29
 """Where Newton's method begins, for a root of 2^30 to 2^31."""
+ROOT_PART, ROOT_STEP = 1 << 28, 1 << 31
+"""Steps of what is left of a root, 0 to 2; and of that by the root, times the former."""
+ROOT_COARSE, ROOT_DENSE = 1 << 30, 1 << 29
+"""What a share is divided by before it is multiplied with that quotient, and after."""
 _MOST_FINE = 30
 
 CLOSE = Fraction(1, 1 << 28)
@@ -148,9 +152,10 @@ class SoftmaxNumbers:
     """What an integer softmax counts with.
 
     Attributes:
-        exponentials: round(2^28 · exp(-s_x·d)) for every distance d of two codes, int64.
-        numerator: ⌊2^shift / s_y⌋, divided by each row's sum.
-        shift: bits behind the point.
+        exponentials: round(2^b · exp(-s_x·d)) for every distance d of two codes, int64; b as great
+            as 62 bits of a product with ``numerator`` allow.
+        numerator: 2^shift / s_y, a whole number where s_y is a power of two.
+        shift: bits behind the point; one is enough to round a whole number.
     """
 
     exponentials: NDArray[np.int64]
@@ -158,7 +163,8 @@ class SoftmaxNumbers:
     shift: int
 
 
-_EXPONENT_BITS = 28  # a row of 2^12 codes still leaves its reciprocal 21 bits
+_MOST_EXPONENT_BITS = 44  # a row of 2^17 codes has a sum of 61
+_FEW_BITS = 10  # behind the point, where 1/s_y is no whole number
 
 
 def softmax_numbers(scale: float, bits: int, result: Encoding) -> SoftmaxNumbers:
@@ -169,13 +175,13 @@ def softmax_numbers(scale: float, bits: int, result: Encoding) -> SoftmaxNumbers
         bits: of what comes in.
         result: encoding of what comes out.
     """
+    steps = 1 / Fraction(float(result.scale))
+    shift = 1 if steps.denominator == 1 else _FEW_BITS
+    numerator = round_half_up(steps * (1 << shift))
+    size = min(_MOST_EXPONENT_BITS, LIFT_BITS - 1 - numerator.bit_length())
     distances = np.arange(1 << bits, dtype=np.float64)
-    exponentials = np.rint(np.exp(-scale * distances) * (1 << _EXPONENT_BITS)).astype(np.int64)
-    step = 1 / Fraction(float(result.scale))
-    size = (step.numerator // step.denominator).bit_length()
-    shift = min(most_shift(result.spec) - 1, LIFT_BITS - 1 - size)
-    whole = step * (1 << shift)
-    return SoftmaxNumbers(exponentials, whole.numerator // whole.denominator, shift)
+    exponentials = np.rint(np.exp(-scale * distances) * 2.0**size).astype(np.int64)
+    return SoftmaxNumbers(exponentials, numerator, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,7 +296,9 @@ def norm_numbers(
     Raises:
         ValueError: sums do not fit 62 bits.
     """
-    codes, gain_scale = gains
+    codes, gain_scale = gains[0], Fraction(gains[1])
+    if codes.size == 1 and int(codes.reshape(-1)[0]) > 0:  # all the bits are the share's then
+        codes, gain_scale = np.array(1, np.int64), gain_scale * int(codes.reshape(-1)[0])
     bits = norm.bits
     if norm.centred:  # the mean is as fine as the sum of squares allows
         bits = max(bits, (LIFT_BITS - 1 - norm.features.bit_length()) // 2)
@@ -302,7 +310,7 @@ def norm_numbers(
         raise ValueError(f"{norm.features} squares of {bits} bits do not fit")
     root = Fraction(isqrt(norm.features << 64), 1 << 32)
     step = Fraction(float(result.scale))
-    ratio = root * Fraction(gain_scale) / step
+    ratio = root * gain_scale / step
     largest = ratio * max(1, int(np.abs(codes).max()))
     shift = min(
         most_shift(result.spec),
@@ -346,10 +354,9 @@ def short_norm_numbers(
     codes, scale = gains
     if norm.centred or result.spec.bits != 8 or codes.size > 1 or int(codes.reshape(-1)[0]) <= 0:
         return None
-    one = np.array(1, np.int64), scale * int(codes.reshape(-1)[0])
-    wide = norm_numbers(norm, one, result)
+    wide = norm_numbers(norm, gains, result)
     ratio = Fraction(isqrt(norm.features << 64), 1 << 32)
-    ratio *= Fraction(one[1]) / Fraction(float(result.scale))
+    ratio *= Fraction(scale) * int(codes.reshape(-1)[0]) / Fraction(float(result.scale))
     size = (ratio.numerator // ratio.denominator).bit_length()
     shift = min(_SHORT_BITS - size, 28 - stored_bits(result.spec))  # a zero point is below 2^28
     if shift < 1:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qnpu.compiler.bit_choices import BitChoices
 from qnpu.compiler.bit_plan import BitPlan
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
@@ -71,6 +72,7 @@ class Compilation:
     Attributes:
         model: the graph, changed in place.
         target: what the NPU accepts.
+        bit_choices: for assign-bit-widths, where a pass before it chose bits linear by linear.
         bit_plan: filled by assign-bit-widths.
         encodings: filled by calibrate-ranges, empty again once Q/DQ pairs carry them.
         diagnostics: warnings and notes; errors are raised.
@@ -81,6 +83,7 @@ class Compilation:
 
     model: ir.Model
     target: TargetProfile = field(default_factory=TargetProfile)
+    bit_choices: BitChoices = field(default_factory=BitChoices)
     bit_plan: BitPlan = field(default_factory=BitPlan)
     encodings: EncodingTable = field(default_factory=EncodingTable)
     diagnostics: list[Diagnostic] = field(default_factory=list)

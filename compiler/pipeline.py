@@ -160,7 +160,9 @@ def default_passes(
         *(rotations if config.rotate else []),
         *(online if config.online else []),
         *(prefix if config.prefix != "none" else []),
-        AssignBitWidths(config.bits_by_role, config.promote, measured, progress),
+        AssignBitWidths(
+            config.bits_by_role, config.promote, measured, progress, config.bit_choices
+        ),
         *encodings,
         UnifyEncodings(),
         InsertQdq(),

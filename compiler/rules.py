@@ -1440,6 +1440,105 @@ class ActivationsTooNarrow(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NoCostModel(Rule):
+    """What it checks
+        The profile of a target that latency is modelled for has figures of that chip, for the
+        widths that are asked for.
+
+    Why it matters
+        Time depends on the chip's memory and on how fast it multiplies each pair of widths. There
+        is no figure that would do for all.
+
+    Example
+        ```console
+        python -m bench.modelled_workloads --target xdna2
+        ```
+
+    How to fix
+        Take a target whose profile has a ``[cost]`` table, such as ``qnn-htp-v75``, and widths that
+        its ``speeds`` list.
+    """
+
+    code: ClassVar[str] = "QN508"
+    name: ClassVar[str] = "no-cost-model"
+    target: str
+    missing: str
+
+    def message(self) -> str:
+        return f"nothing is known of how fast {self.target} is with {self.missing}"
+
+    def help(self) -> str:
+        return "take a target and widths that its profile has figures for, such as qnn-htp-v75"
+
+
+@dataclass(frozen=True, slots=True)
+class InfeasibleBudget(Rule):
+    """What it checks
+        Some choice of bits keeps every limit of a budget.
+
+    Why it matters
+        No search can find what is not there; the least that is possible says how far off it is.
+
+    Example
+        ```python
+        solve(problem, Budget({"latency": 0.0}))
+        ```
+
+    How to fix
+        Raise the limit to the number in the message. Where there are several limits, it is the
+        least that those before it leave.
+    """
+
+    code: ClassVar[str] = "QN509"
+    name: ClassVar[str] = "infeasible-budget"
+    unit: str
+    limit: float
+    nearest: float
+    beside: str
+
+    def message(self) -> str:
+        given = f" beside {self.beside}" if self.beside else ""
+        return (
+            f"no choice of bits keeps `{self.unit}` within {self.limit:.9g}{given}: "
+            f"the least possible is {self.nearest:g}"
+        )
+
+    def help(self) -> str:
+        return f"ask for a `{self.unit}` of {self.nearest:g} or more"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidPlan(Rule):
+    """What it checks
+        A bit plan that is given is one that qnpu wrote, perhaps edited, for this graph.
+
+    Why it matters
+        A choice for a linear that is not there, or for bits that nothing has, would be left out
+        without a word.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --plan report.json
+        ```
+
+    How to fix
+        Take bit_plan.json of a compile of the same model with the same options, and change only the
+        numbers under `linears` and `caches`.
+    """
+
+    code: ClassVar[str] = "QN540"
+    name: ClassVar[str] = "invalid-plan"
+
+    reason: str
+
+    def message(self) -> str:
+        return f"this bit plan cannot be used: {self.reason}"
+
+    def help(self) -> str:
+        return "take the bit_plan.json of a compile of this model, and edit numbers alone"
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffFailed(Rule):
     """What it checks
         The vendor's compiler makes the file that ``--emit`` asks for.

@@ -231,6 +231,76 @@ class OpRule(_Table):
         return self
 
 
+class Figure(_Table):
+    """A number of the latency model, and where it is from.
+
+    Attributes:
+        value: SI units: bytes per second, bytes.
+        source: where it is from.
+    """
+
+    value: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
+class Speed(_Table):
+    """How fast a matrix product of two widths is computed.
+
+    Attributes:
+        input: bits of the first operand's codes.
+        weight: bits of the second operand's: of a weight, of keys or of values.
+        block_scale_bits: of the scale of each block of a weight; 0: one scale per channel alone.
+        speed: operations per second, relative to those of float16.
+        source: where this is from.
+    """
+
+    input: int
+    weight: int
+    block_scale_bits: int = Field(default=0, ge=0)
+    speed: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
+class Throughput(Figure):
+    """Operations per second that runs of one pair of widths reach; a multiply-add is two.
+
+    Attributes:
+        input, weight: the widths, with one scale per channel.
+    """
+
+    input: int
+    weight: int
+
+
+class CostTable(_Table):
+    """What the latency model (``qnpu.compiler.cost_model``) needs to know of a chip.
+
+    Attributes:
+        bandwidth: of reading weights and caches while decoding.
+        throughput: of matrix products while a prompt is read.
+        on_chip: memory within the NPU; a tensor that fits there is not written to DRAM.
+        speeds: pairs of widths that the NPU has. Others are run as the next wider pair.
+    """
+
+    bandwidth: Figure
+    throughput: Throughput
+    on_chip: Figure
+    speeds: tuple[Speed, ...]
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> Self:
+        if not self.base:
+            raise ValueError("`speeds` has no row for the widths of `throughput`")
+        return self
+
+    @property
+    def base(self) -> float:
+        """Relative speed of the widths that ``throughput`` is of; 0 where no row has it."""
+        wanted = self.throughput.input, self.throughput.weight, 0
+        found = (r for r in self.speeds if (r.input, r.weight, r.block_scale_bits) == wanted)
+        return next((row.speed for row in found), 0.0)
+
+
 class TargetProfile(_Table):
     """What one target accepts.
 
@@ -244,6 +314,7 @@ class TargetProfile(_Table):
         activation_bits_min: of activation codes; a scheme of fewer bits is widened (QN507).
         source: where the types are known from.
         vendor, graph, bias: see their classes.
+        cost: for the latency model; None where nothing is known.
         mask_value: constant for masked scores where the user names none, real.
         unlisted: verdict on an operator that no row speaks of.
         unmatched: verdict on a node whose operator has rows, none of which fits.
@@ -268,6 +339,7 @@ class TargetProfile(_Table):
     vendor: Vendor = Vendor()
     graph: Limits = Limits()
     bias: Bias = Bias()
+    cost: CostTable | None = None
     mask_value: float = -50.0
     unlisted: Verdict = Verdict.UNKNOWN
     unmatched: Verdict = Verdict.REJECT

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qnpu.compiler.bit_choices import BitChoices, LinearBits
 from qnpu.compiler.bit_plan import BitPlan, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
@@ -36,7 +37,12 @@ from qnpu.compiler.roles import (
 )
 from qnpu.compiler.rotated_caches import turn_caches
 from qnpu.compiler.rotated_weights import rotated_weights
-from qnpu.compiler.rules import ActivationsTooNarrow, InputNotRotated, NothingToPromote
+from qnpu.compiler.rules import (
+    ActivationsTooNarrow,
+    InputNotRotated,
+    InvalidPlan,
+    NothingToPromote,
+)
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.sensitivity import most_sensitive, relative_errors
 
@@ -78,6 +84,10 @@ class AssignBitWidths(Pass):
     are 32 bits, derived from input and weight. An initializer used in two roles is given a second
     name; the data is not copied.
 
+    Where bits were chosen linear by linear (``choices``, or an earlier pass), a weight and an input
+    get what was chosen, and the linear's result as many as its input, 8 at least, unless it joins
+    the residual stream; so do keys and values.
+
     With ``promote`` the graph runs on data first, and the inputs of down projections that lose most
     at ``down_bits`` get ``other_bits`` instead: the share of them with the greatest mean relative
     error (quantnpu.md §1, paper Eq. 4).
@@ -86,13 +96,15 @@ class AssignBitWidths(Pass):
 
     Raises:
         DiagnosticError: with ``promote``: QN107 a weight, QN304 such an input is NaN or infinite;
-            QN301, QN305 the data do not fit the graph's inputs.
+            QN301, QN305 the data do not fit the graph's inputs. QN540 something was chosen for a
+            linear or cache that is not there.
 
     Attributes:
         scheme: bits by role.
         promote: share of the down projections, 0 to 1, that get wide inputs all the same.
         data: what to measure on; None: nothing is promoted.
         progress: called with fraction done.
+        choices: bits of linears and caches; None: those of the compilation.
     """
 
     name: ClassVar[str] = "assign-bit-widths"
@@ -103,6 +115,7 @@ class AssignBitWidths(Pass):
     promote: float = 0.0
     data: FeedSource | None = None
     progress: ProgressCallback = no_progress
+    choices: BitChoices | None = None
 
     def run(self, compilation: Compilation) -> int:
         graph = compilation.graph
@@ -112,13 +125,15 @@ class AssignBitWidths(Pass):
         ratios = self._sensitivities(compilation, linears)
         promoted = most_sensitive(ratios, self.promote)
         scheme = self._scheme_of(compilation)
-        wanted = _Widths(compilation.model, scheme, linears, promoted)
+        choices = self.choices or compilation.bit_choices
+        _check_choices(choices, graph, linears)
+        wanted = _Widths(compilation.model, scheme, linears, promoted, choices)
         count += wanted.insert_requantize_points()
         if wanted.refused:
-            fault = InputNotRotated(len(wanted.refused), scheme.input_bits)
+            fault = InputNotRotated(len(wanted.refused), min(wanted.refused.values()))
             compilation.diagnostics.append(fault.at(value=next(iter(wanted.refused))))
         previous = compilation.bit_plan
-        plan = BitPlan(self.scheme.name, sensitivities=ratios, promoted=promoted)
+        plan = BitPlan(self.scheme.name, {}, ratios, promoted, wanted.choices())
         self._fill(plan, compilation, wanted, linears)
         compilation.bit_plan = plan
         return count + int(previous.specs != plan.specs)
@@ -161,9 +176,10 @@ class AssignBitWidths(Pass):
         linears: dict[ir.Node, Linear],
     ) -> None:
         roles: dict[str, QuantSpec] = {}
-        for node, linear in linears.items():
-            bits = self.scheme.head_bits if node is wanted.head else self.scheme.weight_bits
-            weight = QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
+        for linear in linears.values():
+            weight = QuantSpec(
+                wanted.weight_bits(linear), True, True, PerChannel(linear.channel_axis)
+            )
             roles[name_of(linear.weight)] = SIGNS if is_online_rotation(linear) else weight
             if linear.bias is not None:
                 roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
@@ -182,7 +198,8 @@ class _Widths:
 
     Attributes:
         head: the last linear, lm_head; None where no result is a linear's.
-        refused: names of linears' inputs that were to have fewer bits than an unrotated one can.
+        refused: linears' inputs that were to have fewer bits than an unrotated one can, by name:
+            how many those were.
     """
 
     def __init__(
@@ -191,24 +208,26 @@ class _Widths:
         scheme: Scheme,
         linears: dict[ir.Node, Linear],
         promoted: Collection[str],
+        choices: BitChoices,
     ) -> None:
         graph = model.graph
         self.head = next((n for n in reversed(list(linears)) if _reaches_output(n)), None)
-        self.refused: dict[str, None] = {}
+        self.refused: dict[str, int] = {}
         self._rotated = rotated_weights(model)
         self._graph = graph
         self._scheme = scheme
         self._linears = linears
         self._promoted = promoted
+        self._choices = choices
         self._bits: dict[ir.Value, int] = {}
         self._group_bits: dict[ir.Value, int] = {}
         self._made: dict[tuple[ir.Value, int], ir.Value] = {}
         for value in [*graph.inputs, *graph.initializers.values()]:
             if _is_keys_or_values(value):
-                self._bits[value] = scheme.kv_bits
+                self._bits[value] = self._cache_bits(value)
         for node, linear in linears.items():
             result = node.outputs[0]
-            self._bits[result] = scheme.output_bits
+            self._bits[result] = self._output_bits(linear)
             if _joins_residual_or_output(result):
                 is_logits = node is self.head and not joins_residual(result)
                 self._bits[result] = scheme.logits_bits if is_logits else scheme.other_bits
@@ -217,6 +236,34 @@ class _Widths:
         for node in graph:
             if is_requantize_point(node):
                 self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
+
+    def choices(self) -> BitChoices:
+        """Bits of each linear and cache, as the graph is to have them."""
+        linears = {
+            name_of(linear.weight): LinearBits(self.weight_bits(linear), self._input_bits(linear))
+            for linear in self._linears.values()
+            if not is_online_rotation(linear)
+        }
+        caches = {name_of(n): self._kv_bits(n) for n in self._graph if is_dynamic_matmul(n)}
+        return BitChoices(linears, caches)
+
+    def weight_bits(self, linear: Linear) -> int:
+        """Bits of a linear's weight."""
+        known = self._choices.linears.get(name_of(linear.weight))
+        if known is not None:
+            return known.weight
+        return self._scheme.head_bits if linear.node is self.head else self._scheme.weight_bits
+
+    def _output_bits(self, linear: Linear) -> int:
+        known = self._choices.linears.get(name_of(linear.weight))
+        return self._scheme.output_bits if known is None else max(known.input, _UNROTATED_BITS)
+
+    def _kv_bits(self, node: ir.Node) -> int:
+        return self._choices.caches.get(name_of(node), self._scheme.kv_bits)
+
+    def _cache_bits(self, value: ir.Value) -> int:
+        """Bits of keys or values: the most that one of those who take them wants."""
+        return max(self._kv_bits(node) for node, _ in computing_uses(value))
 
     def bits(self, value: ir.Value) -> int:
         """Width a value asks for; a layout copy asks for nothing, its group decides."""
@@ -230,7 +277,7 @@ class _Widths:
         count = 0
         for node in list(self._graph):
             if is_dynamic_matmul(node):
-                count += self._narrow_sources(node, 1)
+                count += self._narrow_sources(node, 1, self._kv_bits(node))
             if makes_scores(node):
                 count += self._narrow_queries(node, 0)
         self._measure_groups()  # keys and values have left the groups they were in
@@ -241,23 +288,27 @@ class _Widths:
 
     def _input_bits(self, linear: Linear) -> int:
         scheme, source = self._scheme, name_of(_wide(linear.activation))
-        if is_online_rotation(linear) or source in self._promoted:
+        if is_online_rotation(linear):
             return scheme.other_bits
-        if is_down_projection(linear):
+        known = self._choices.linears.get(name_of(linear.weight))
+        if known is None and source in self._promoted:
+            return scheme.other_bits
+        if known is None and is_down_projection(linear):
             return scheme.down_bits
-        if linear.node is self.head:
+        if known is None and linear.node is self.head:
             return scheme.head_input_bits
-        if scheme.input_bits < _UNROTATED_BITS and not self._rotated.takes_rotated(linear):
-            self.refused[source] = None
+        bits = scheme.input_bits if known is None else known.input
+        if bits < _UNROTATED_BITS and not self._rotated.takes_rotated(linear):
+            self.refused[source] = bits
             return _UNROTATED_BITS
-        return scheme.input_bits
+        return bits
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):
             bits = max(self.bits(value) for value in group)
             self._group_bits.update(dict.fromkeys(group, bits))
 
-    def _narrow_sources(self, node: ir.Node, index: int) -> int:
+    def _narrow_sources(self, node: ir.Node, index: int, bits: int) -> int:
         """Narrows an operand where it is computed, before reshapes, transposes and concats.
 
         Only as far up as nothing but keys and values is made of the source: not above the Split of
@@ -270,9 +321,9 @@ class _Widths:
             return 0
         if producer is not None and tied and all(_is_keys_or_values(v) for v in tied):
             return sum(
-                self._narrow_sources(producer, list(producer.inputs).index(value)) for value in tied
+                self._narrow_sources(producer, list(producer.inputs).index(value), bits)
+                for value in tied
             )
-        bits = self._scheme.kv_bits
         if operand.is_graph_input() and self.bits(operand) <= bits:
             return 0  # a cache that comes in: wide only by what it is joined to, narrowed as well
         count = self._narrow(node, index, bits)
@@ -330,10 +381,26 @@ class _Widths:
             if node in self._linears:
                 asked.append(self._input_bits(self._linears[node]))
             elif is_dynamic_matmul(node) and index == 1:
-                asked.append(self._scheme.kv_bits)
+                asked.append(self._kv_bits(node))
             elif makes_scores(node):
                 asked.append(self._scheme.query_bits)
         return min(asked)
+
+
+def _check_choices(choices: BitChoices, graph: ir.Graph, linears: dict[ir.Node, Linear]) -> None:
+    weights = {name_of(item.weight) for item in linears.values() if not is_online_rotation(item)}
+    caches = {name_of(node) for node in graph if is_dynamic_matmul(node)}
+    faults = [
+        InvalidPlan(f"the graph has no {kind} `{name}`").at()
+        for kind, names, known in (
+            ("linear with weight", choices.linears, weights),
+            ("product of two activations", choices.caches, caches),
+        )
+        for name in names
+        if name not in known
+    ]
+    if faults:
+        raise DiagnosticError(faults)
 
 
 def _wide(value: ir.Value) -> ir.Value:

@@ -13,7 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnpu.compiler.integer_math import (
+    ROOT_COARSE,
+    ROOT_DENSE,
+    ROOT_PART,
     ROOT_START,
+    ROOT_STEP,
     AttentionNumbers,
     FixedPoint,
     NormNumbers,
@@ -137,11 +141,11 @@ def _codes(nearest: Int64, zero_point: int, spec: QuantSpec) -> Codes:
 def softmax(
     codes: Codes, numbers: SoftmaxNumbers, axis: int, zero_point: int, spec: QuantSpec
 ) -> Codes:
-    """y = clamp(⌊e·⌊numerator / Σe⌋ / 2^shift + 1/2⌋ + z), e of each code's distance to max x."""
+    """y = clamp(⌊e·numerator / Σe / 2^shift + 1/2⌋ + z), e of each code's distance to max x."""
     wide = codes.astype(np.int64)
     weights = numbers.exponentials[wide.max(axis=axis, keepdims=True) - wide]
-    share = numbers.numerator // weights.sum(axis=axis, keepdims=True)
-    nearest = (weights * share + (1 << (numbers.shift - 1))) >> numbers.shift
+    shares = weights * numbers.numerator // weights.sum(axis=axis, keepdims=True)
+    nearest = (shares + (1 << (numbers.shift - 1))) >> numbers.shift
     return _codes(nearest, zero_point, spec)
 
 
@@ -179,18 +183,20 @@ def attention(
 
 
 def reciprocal_root(numbers: Int64, numerator: int) -> Int64:
-    """⌊numerator / √n⌋, of n from 1 to 2^62, the root to 30 bits.
+    """numerator / √n, of n from 1 to 2^62, within 6 and a part in 2^56.
 
-    Newton's method finds the root of n·4^t, which has 61 or 62 bits.
+    Newton's method finds the root of n·4^t, which has 61 or 62 bits; a division finds the rest.
     """
     powers = 4 ** np.arange(31, dtype=np.int64)
     shift = 31 - (numbers[..., None] >= powers).sum(axis=-1).astype(np.int64)
     scaled, root = numbers << (2 * shift), np.full_like(numbers, ROOT_START)
     for _ in range(4):
         root = (root + scaled // root) // 2
+    root = root - 1
+    slope = (scaled - root * root) * ROOT_PART // (2 * root) * ROOT_STEP // root
     whole = numerator // root
-    rest = numerator - whole * root
-    return np.asarray((whole << shift) + (rest << shift) // root)
+    share = (whole << shift) + ((numerator - whole * root) << shift) // root
+    return np.asarray(share - share // ROOT_COARSE * slope // ROOT_DENSE)
 
 
 def rms_norm(

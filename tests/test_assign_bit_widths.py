@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qnpu.compiler.bit_choices import BitChoices, LinearBits
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.op_traits import encoding_groups
@@ -727,3 +728,100 @@ def test_keys_and_values_are_symmetric_where_the_target_wants_it() -> None:
     assert usual["b_requantized"] == U8
     assert hexagon["b_requantized"] == "u8 symmetric per-tensor"
     assert hexagon["a"] == usual["a"] == U16
+
+
+TWO_LAYERS = f"""
+    g (float[1, 2] x) => (float[1, 2] out)
+    <float[2] gain = {{1, 2}}, {W}, {V}, float[2, 2] u = {{1, 0, 0, 1}}>
+    {{
+        y = RMSNormalization(x, gain)
+        q = MatMul(y, w)
+        k = MatMul(y, v)
+        s = Relu(q)
+        t = Add(s, k)
+        out = MatMul(t, u)
+    }}
+"""
+
+
+def chosen(choices: BitChoices) -> Compilation:
+    compilation = Compilation(parse(TWO_LAYERS))
+    step = AssignBitWidths(Scheme.parse("w8a8"), choices=choices)
+    step.run(compilation)
+    compilation.stage = Stage.PLANNED
+    verify_stage(compilation)
+    assert step.run(compilation) == 0
+    return compilation
+
+
+def test_bits_linear_by_linear() -> None:
+    """One input at two widths; the results of linears are as wide as their inputs."""
+    compilation = chosen(BitChoices({"w": LinearBits(4, 16), "v": LinearBits(8, 8)}))
+    assert body(compilation)[:4] == [
+        "y = RMSNormalization(x, gain)",
+        "y_requantized = Identity(y)",
+        "q = MatMul(y, w)",
+        "k = MatMul(y_requantized, v)",
+    ]
+    plan = compilation.bit_plan
+    assert {name: plan[name].bits for name in ("w", "v", "u", "y", "q", "y_requantized")} == {
+        "w": 4,
+        "v": 8,
+        "u": 8,
+        "y": 16,
+        "q": 16,
+        "y_requantized": 8,
+    }
+    assert plan.choices.linears == {
+        "w": LinearBits(4, 16),
+        "v": LinearBits(8, 8),
+        "u": LinearBits(8, 8),
+    }
+
+
+def test_the_choices_of_a_plan_give_the_same_plan() -> None:
+    """Also where they came from roles alone, or from a pass before."""
+    first, _ = planned(NORM_THEN_LINEARS, "w4a8")
+    again = Compilation(parse(NORM_THEN_LINEARS), bit_choices=first.bit_plan.choices)
+    AssignBitWidths(Scheme.parse("w4a8")).run(again)
+    assert again.bit_plan == first.bit_plan
+    assert body(again) == body(first)
+
+
+def test_keys_and_values_each_by_their_product() -> None:
+    text = f"""
+        g (float[1, 2] x) => (float[1, 2] out) <{W}, {V}, float[2, 2] u = {{1, 0, 0, 1}}>
+        {{
+            q = MatMul(x, w)
+            k = MatMul(x, v)
+            kt = Transpose(k)
+            [scores] s = MatMul(q, kt)
+            p = Softmax(s)
+            n = Identity(k)
+            w2 = MatMul(x, u)
+            [mix] m = MatMul(p, w2)
+            out = Relu(m)
+        }}
+    """
+    compilation = Compilation(parse(text))
+    AssignBitWidths(Scheme.parse("w8a16"), choices=BitChoices(caches={"mix": 16})).run(compilation)
+    plan = compilation.bit_plan
+    assert plan.choices.caches == {"scores": 8, "mix": 16}
+    assert plan["kt"].bits == 8
+    assert plan["w2"].bits == 16
+
+
+@pytest.mark.parametrize(
+    "choices", [BitChoices({"other": LinearBits(8, 8)}), BitChoices(caches={"q": 8})]
+)
+def test_what_is_chosen_for_nothing_is_told(choices: BitChoices) -> None:
+    with pytest.raises(DiagnosticError) as caught:
+        chosen(choices)
+    assert caught.value.codes == ["QN540"]
+
+
+def test_four_bits_need_a_rotation_whoever_chose_them() -> None:
+    compilation = chosen(BitChoices({"w": LinearBits(4, 4)}))
+    assert compilation.bit_plan.choices.linears["w"] == LinearBits(4, 8)
+    assert {item.code for item in compilation.diagnostics} == {"QN506"}
+    assert "instead of 4" in str(compilation.diagnostics[0])

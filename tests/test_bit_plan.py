@@ -48,10 +48,12 @@ def test_a_plan_keeps_its_order() -> None:
     assert plan["b"] is weight
     assert json.loads(json.dumps(plan.to_json())) == {
         "format": "qnpu-bit-plan",
-        "version": 1,
+        "version": 2,
         "scheme": "w4a16",
         "sensitivities": {},
         "promoted": [],
+        "linears": {},
+        "caches": {},
         "tensors": {
             "b": {"bits": 4, "signed": True, "symmetric": True, "axis": 0},
             "a": {"bits": 16, "signed": False, "symmetric": False},

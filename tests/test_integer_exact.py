@@ -108,8 +108,8 @@ def softmax_case(
 ) -> Case:
     """IntSoftmax of rows.
 
-    Slack: each exponential is off by 2^-29 of the greatest, and so is each addend of the sum; the
-    share is rounded down, by less than one in 2^32 for each element of a row.
+    Slack: each exponential is off by half of one, and so is each addend of the sum; the numerator
+    is, too, where 1/s_y is no whole number. Rounding a quotient down changes nothing.
     """
     given_codes = np.array(rows, kind.code_dtype)
     to = result(spec, step)
@@ -121,15 +121,14 @@ def softmax_case(
         most = 1 / _decimal(float(to.scale))
         for row in rows:
             weights = [int(numbers.exponentials[max(row) - code]) for code in row]
-            share = numbers.numerator // sum(weights)
-            half = 1 << (numbers.shift - 1)
-            formula.append(
-                [_clipped((w * share + half >> numbers.shift) + zero, spec) for w in weights]
-            )
+            half, total = 1 << (numbers.shift - 1), sum(weights)
+            shares = [w * numbers.numerator // total for w in weights]
+            formula.append([_clipped((n + half >> numbers.shift) + zero, spec) for n in shares])
             real = [(-_decimal(scale) * (max(row) - code)).exp() for code in row]
             exact.append([most * item / sum(real) + zero for item in real])
-            bound = most * (len(row) + 1) * Decimal(2) ** -29
-            slack.append([bound + most * len(row) * Decimal(2) ** -31] * len(row))
+            bound = most * (len(row) + 1) / (2 * Decimal(int(numbers.exponentials[0])))
+            rounded = 0 if numbers.shift == 1 else Decimal(2) ** -(numbers.shift + 1)
+            slack.append([bound + rounded] * len(row))
     return Case(
         "IntSoftmax",
         [given_codes],
@@ -199,7 +198,7 @@ def norm_case(
 ) -> Case:
     """IntRMSNorm of rows, or IntLayerNorm of a centred norm; zeros of what goes in and comes out.
 
-    Slack: the root is off by 2^-29 of itself, the share by one, N by one and by what
+    Slack: the share is off by 2^-56 of itself and by six, N by one and by what
     the mean's rounding adds to it, half a step of the mean squared per feature; then what that
     rounding itself makes of an element, and one in 2^20 for the bias.
     """
@@ -226,7 +225,7 @@ def norm_case(
             reals = _norm_reals(row, norm, gains, biases, zeros[0])
             unit = _decimal(float(to.scale))
             exact.append([y / unit + zeros[1] for y, _ in reals])
-            relative = Decimal(2) ** -29 + 1 / Decimal(max(share, 1))
+            relative = Decimal(2) ** -56 + 6 / Decimal(max(share, 1))
             blurred = numbers.prescale * norm.features / Decimal(4) if norm.centred else 0
             relative += (1 + blurred) / Decimal(energy)
             scale = Decimal(share) / (1 << numbers.shift)
@@ -259,12 +258,16 @@ def _centred(row: list[int], norm: NormShape, numbers: NormNumbers, zero: int) -
 
 
 def _share(numerator: int, number: int) -> int:
-    """Four steps of Newton's method towards the root of a number near 2^62, as documented."""
+    """Four steps of Newton's method towards the root of a number near 2^62, then one division for
+    the rest, as documented."""
     shift = 31 - sum(number >= 1 << (2 * power) for power in range(31))
     scaled, root = number << (2 * shift), 3 << 29
     for _ in range(4):
         root = (root + scaled // root) // 2
-    return (numerator << shift) // root
+    root -= 1
+    slope = ((scaled - root * root << 28) // (2 * root) << 31) // root
+    share = (numerator << shift) // root
+    return share - ((share >> 30) * slope >> 29)
 
 
 def _norm_codes(

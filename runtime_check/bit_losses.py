@@ -1,0 +1,351 @@
+"""What quantizing one tensor, and nothing else, costs a language model: a loss for each choice."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import log10
+from types import MappingProxyType
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.pass_base import ProgressCallback, no_progress
+from qnpu.compiler.quant_types import Encoding
+from qnpu.runtime_check.blocks import cut_blocks
+from qnpu.runtime_check.fake_quantize import fake_quantized
+from qnpu.runtime_check.segments import Segment
+from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.torch_executor import (
+    CheckpointedExecutor,
+    Tensors,
+    TorchExecutor,
+    Transform,
+    feed_tensors,
+)
+
+_STEP = "measure losses"
+_LEAST_MAGNITUDE = 1e-8
+_STREAM_RANK = 3
+_NOTHING: Tensors = MappingProxyType({})
+
+
+class Measure(enum.Enum):
+    """How a loss is measured, x̂ being the quantized tensor.
+
+    KL: of the logits' distribution from the float model's, nats per token.
+    BLOCK: squared error of what the tensor's block (decoder layer) hands on, relative to its
+        energy.
+    FISHER: ½ Σ g²·(x̂ - x)² per token, g the gradient of a batch's cross-entropy: an estimate of KL
+        from one backward pass, nats per token.
+    NOISE: squared error of the tensor itself, relative to its energy: 10^(-SQNR/10).
+    RATIO: mean of |x̂ - x| / |x|, the paper's Eq. 4.
+    """
+
+    KL = "kl"
+    BLOCK = "block"
+    FISHER = "fisher"
+    NOISE = "noise"
+    RATIO = "ratio"
+
+    @property
+    def is_local(self) -> bool:
+        """It needs the tensor alone."""
+        return self in (Measure.NOISE, Measure.RATIO)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One way to quantize tensors that go together.
+
+    Attributes:
+        name: what it is told apart by.
+        activations: value name → encoding, of values that nodes make.
+        weights: name of an initializer → what makes the tensor that stands in its place, real.
+    """
+
+    name: str
+    activations: Mapping[str, Encoding] = field(default_factory=dict)
+    weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights, made."""
+        return {name: make() for name, make in self.weights.items()}
+
+    def transform(self, name: str, value: Tensor) -> Tensor:
+        """A value as its consumers get it."""
+        encoding = self.activations.get(name)
+        return value if encoding is None else fake_quantized(value, encoding)
+
+
+def sqnr(noise: float) -> float:
+    """Signal-to-noise ratio, dB, of a relative squared error."""
+    return -10.0 * log10(max(noise, 1e-30))
+
+
+def measure_losses(
+    model: ir.Model,
+    batches: Sequence[Feeds],
+    changes: Sequence[Change],
+    measure: Measure,
+    *,
+    logits: str = "logits",
+    stride: int = 4,
+    progress: ProgressCallback = no_progress,
+) -> Iterator[tuple[str, float]]:
+    """Each change's loss, mean over all batches, in the order of the graph's blocks.
+
+    The graph runs a block at a time. Of a change only its own block and those behind it run anew,
+    from what the float model hands them; of the last one, the head, only every ``stride``-th
+    position where its nodes allow that. Memory holds what crosses between blocks, and one change.
+
+    Args:
+        model: float, typed, topologically sorted; a language model for KL and FISHER.
+        batches: one feed dictionary per batch.
+        changes: each within one block.
+        measure: what the loss is.
+        logits: name of the output that a distribution is made of.
+        stride: positions of which one is looked at.
+        progress: called with fraction done.
+
+    Yields:
+        Name of a change and its loss, 0 or more; as soon as it is measured.
+
+    Raises:
+        ValueError: a change is of nothing that one block takes or makes.
+    """
+    blocks = cut_blocks(model.graph)
+    placed = _placed(blocks, changes)
+    if measure is Measure.FISHER:
+        yield from _fisher(blocks, batches, placed, logits)
+        progress(_STEP, 1.0)
+        return
+    runs = [_FloatRun.of(blocks, feeds, logits, stride) for feeds in batches]
+    for count, (index, change) in enumerate(placed, start=1):
+        weights = change.tensors()
+        losses = [run.loss(index, change, weights, measure) for run in runs]
+        yield change.name, sum(losses) / len(losses)
+        progress(_STEP, count / len(placed))
+
+
+def _placed(blocks: Sequence[Segment], changes: Sequence[Change]) -> list[tuple[int, Change]]:
+    """Changes and the first block that each is in, in the order of blocks."""
+    made = [{name_of(v) for n in block.nodes for v in n.outputs if v.name} for block in blocks]
+    taken = [
+        {name_of(v) for n in block.nodes for v in n.inputs if v is not None and v.is_initializer()}
+        for block in blocks
+    ]
+    found: list[tuple[int, Change]] = []
+    for change in changes:
+        places = [
+            index
+            for index in range(len(blocks))
+            if made[index].issuperset(change.activations)
+            and taken[index].issuperset(change.weights)
+        ]
+        if not places:
+            raise ValueError(f"{change.name} is of nothing that one block takes or makes")
+        found.append((places[0], change))
+    return sorted(found, key=lambda item: item[0])
+
+
+class _FloatRun:
+    """What the float model has in one batch, and how far a change takes it from there.
+
+    Args:
+        blocks: of the graph.
+        executors: of each.
+        crossing: what each takes, by name.
+        logits: name of the output.
+        stride: see ``measure_losses``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Segment],
+        executors: Sequence[TorchExecutor],
+        crossing: list[dict[str, Tensor]],
+        logits: str,
+        stride: int,
+    ) -> None:
+        self._blocks, self._executors, self._crossing = blocks, executors, crossing
+        self._logits = logits
+        self._stride = stride
+        self._handed: dict[int, dict[str, Tensor]] = {}
+        self._log_likely: Tensor | None = None
+
+    @classmethod
+    def of(cls, blocks: Sequence[Segment], feeds: Feeds, logits: str, stride: int) -> _FloatRun:
+        """Runs the float model."""
+        executors = [TorchExecutor(block.nodes) for block in blocks]
+        values, crossing = feed_tensors(feeds), []
+        with torch.no_grad():
+            for block, executor in zip(blocks, executors, strict=True):
+                taken = {name_of(v): values[name_of(v)] for v in block.takes}
+                crossing.append(taken)
+                if block.hands_on:
+                    values |= executor.run(taken, [name_of(v) for v in block.hands_on])
+        stride = stride if _acts_on_rows(blocks[-1]) else 1
+        return cls(blocks, executors, crossing, logits, stride)
+
+    @torch.no_grad()
+    def loss(self, index: int, change: Change, weights: Tensors, measure: Measure) -> float:
+        """Of a change in one block."""
+        if measure.is_local:
+            return self._local(index, change, weights, measure)
+        if measure is Measure.BLOCK:
+            return self._of_block(index, change, weights)
+        if self._log_likely is None:
+            self._log_likely = self._distribution(self._crossing[-1])
+        values: dict[str, Tensor] = {}
+        last = len(self._blocks) - 1
+        for place in range(index, last):
+            taken = self._taken(place, values)
+            options = (weights, change.transform) if place == index else ()
+            values |= self._run(place, taken, *options)
+        options = (weights, change.transform) if index == last else ()
+        found = self._distribution(self._taken(last, values), *options)
+        likely = self._log_likely
+        divergence = torch.sum(likely.exp() * (likely - found), dim=-1)
+        return max(float(divergence.mean()), 0.0)
+
+    def _taken(self, place: int, values: Tensors) -> dict[str, Tensor]:
+        return {name: values.get(name, known) for name, known in self._crossing[place].items()}
+
+    def _run(
+        self,
+        place: int,
+        taken: Tensors,
+        weights: Tensors = _NOTHING,
+        transform: Transform | None = None,
+    ) -> dict[str, Tensor]:
+        """What a block hands on; of the last one the logits."""
+        wanted = [name_of(v) for v in self._blocks[place].hands_on] or [self._logits]
+        return self._executors[place].run(taken, wanted, weights=weights, transform=transform)
+
+    def _distribution(
+        self, taken: Tensors, weights: Tensors = _NOTHING, transform: Transform | None = None
+    ) -> Tensor:
+        """Logarithms of what is likely next, shape (positions, vocabulary)."""
+        rows = slice(self._stride - 1, None, self._stride)
+        some = {
+            name: value[:, rows] if self._stride > 1 else value for name, value in taken.items()
+        }
+        logits = self._run(-1, some, weights, transform)[self._logits]
+        return torch.log_softmax(logits.flatten(0, -2), dim=-1)
+
+    def _of_block(self, index: int, change: Change, weights: Tensors) -> float:
+        taken = self._crossing[index]
+        if index not in self._handed:
+            self._handed = {index: self._run(index, taken)}
+        return _relative(self._handed[index], self._run(index, taken, weights, change.transform))
+
+    def _local(self, index: int, change: Change, weights: Tensors, measure: Measure) -> float:
+        names = [*change.activations, *weights]
+        exact = self._executors[index].run(self._crossing[index], names)
+        found = {name: change.transform(name, exact[name]) for name in change.activations}
+        found |= weights
+        if measure is Measure.NOISE:
+            return _relative(exact, found)
+        ratios = [(found[n] - exact[n]).abs() / (exact[n].abs() + _LEAST_MAGNITUDE) for n in exact]
+        return float(torch.cat([item.reshape(-1) for item in ratios]).double().mean())
+
+
+def _relative(exact: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """Squared error relative to energy, of all values together."""
+    floats = [name for name, value in exact.items() if value.is_floating_point()]
+    errors = sum(float((found[n] - exact[n]).double().square().sum()) for n in floats)
+    energy = sum(float(exact[n].double().square().sum()) for n in floats)
+    return errors / energy if energy else 0.0
+
+
+_ROWWISE = frozenset(
+    {"Add", "Cast", "Div", "Identity", "MatMul", "Mul", "RMSNormalization", "Tanh"}
+)
+
+
+def _acts_on_rows(block: Segment) -> bool:
+    """True where a block does the same with each position: (1, positions, features) in and out."""
+    constants = [v for n in block.nodes for v in n.inputs if v is not None and v.is_initializer()]
+    return (
+        all(node.op_type in _ROWWISE for node in block.nodes)
+        and all(_rank(value) == _STREAM_RANK for value in block.takes)
+        and all(_rank(value) < _STREAM_RANK for value in constants)
+    )
+
+
+def _rank(value: ir.Value) -> int:
+    return value.shape.rank() if value.shape is not None else -1
+
+
+def _fisher(
+    blocks: Sequence[Segment],
+    batches: Sequence[Feeds],
+    placed: Sequence[tuple[int, Change]],
+    logits: str,
+) -> Iterator[tuple[str, float]]:
+    """One forward and one backward pass per batch, of the whole graph."""
+    executor = CheckpointedExecutor([list(block.nodes) for block in blocks])
+    changes = [change for _, change in placed]
+    held = {
+        name_of(v): v
+        for block in blocks
+        for n in block.nodes
+        for v in n.inputs
+        if v is not None and v.is_initializer()
+    }
+    watched = {name for change in changes for name in change.activations}
+    leaves = {
+        name: torch.from_numpy(array).clone().requires_grad_()
+        for change in changes
+        for name in change.weights
+        if (array := constant_array(held[name])) is not None
+    }
+    sums = dict.fromkeys((change.name for change in changes), 0.0)
+    for feeds in batches:
+        exact, offsets, tokens = _gradients(executor, feeds, watched, leaves, logits)
+        for change in changes:
+            squares = 0.0
+            for name in change.activations:
+                squares += _energy(offsets[name], change.transform(name, exact[name]) - exact[name])
+            for name, quantized in change.tensors().items():
+                squares += _energy(leaves[name], quantized - leaves[name].detach())
+            sums[change.name] += squares / (2 * tokens * len(batches))
+        for leaf in leaves.values():
+            leaf.grad = None
+    yield from sums.items()
+
+
+def _gradients(
+    executor: CheckpointedExecutor,
+    feeds: Feeds,
+    watched: Collection[str],
+    leaves: Tensors,
+    logits: str,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Watched values, zeros with their gradients, and how many tokens were predicted."""
+    exact: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
+
+    def transform(name: str, value: Tensor) -> Tensor:
+        if name not in watched:
+            return value
+        if name not in offsets:  # a block runs again on the way back
+            exact[name] = value.detach()
+            offsets[name] = torch.zeros_like(value, requires_grad=True)
+        return value + offsets[name]
+
+    inputs = feed_tensors(feeds)
+    made = executor.run(inputs, [logits], weights=leaves, transform=transform)
+    rows, tokens = made[logits].flatten(0, -2)[:-1], inputs["input_ids"].reshape(-1)
+    loss = torch.nn.functional.cross_entropy(rows, tokens[1:], reduction="sum")
+    loss.backward()  # type: ignore[no-untyped-call]
+    return exact, offsets, len(rows)
+
+
+def _energy(leaf: Tensor, change: Tensor) -> float:
+    """Σ g²·δ²; 0 where no gradient came by."""
+    return 0.0 if leaf.grad is None else float((leaf.grad * change).double().square().sum())
