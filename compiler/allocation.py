@@ -333,14 +333,12 @@ def pareto(problem: Problem, unit: str, points: int) -> list[Allocation]:
     costs = table.values[unit]
     least = table.total(table.lowest(costs), unit)
     best = table.lowest(np.where(table.excess(LOSS) == 0, costs, inf))
+    limits = np.linspace(least, table.total(best, unit), points)
+    plans = [solve(problem, Budget({unit: float(limit)})) for limit in limits]
     front: list[Allocation] = []
-    for limit in np.linspace(least, table.total(best, unit), points):
-        plan = solve(problem, Budget({unit: float(limit)}))
-        if front and plan.loss >= front[-1].loss:
-            continue
-        while front and front[-1].costs[unit] >= plan.costs[unit]:
-            front.pop()
-        front.append(plan)
+    for plan in sorted(plans, key=lambda plan: (plan.costs[unit], plan.loss)):
+        if not front or plan.loss < front[-1].loss:
+            front.append(plan)
     return front
 
 
@@ -502,7 +500,7 @@ def _start(table: _Table, limits: Mapping[str, float]) -> _Plan:
     for unit, asked in limits.items():
         limit = asked
         if not table.fits(plan, {unit: limit}):
-            plan, _ = _minimised(table, unit, {}, plan)
+            plan, _ = _minimised(table, unit, kept, plan)
         if not table.fits(plan, {unit: limit}):
             limit = _rounded_up(table.total(plan, unit))
             beside = ", ".join(f"{name} ≤ {number:g}" for name, number in kept.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -26,7 +27,7 @@ from qnpu.compiler.quantized_results import (
     only_source,
 )
 
-_BITS = 8  # of what is turned
+_BYTE_BITS = 8
 _CLOSE = Fraction(1, 256)  # LSB
 
 
@@ -50,8 +51,8 @@ class LowerRotary(Pass):
 
     Tables that are computed, as for positions that come in, stay codes of their own.
 
-    Must not fire where what is turned has more than 8 bits: each of the Q/DQ graph's roundings is
-    kept then, as nothing is won in 64 bits. Nor where a product is used twice, shapes differ, or
+    Must not fire in a graph whose linears all take 16 bits: it is exact rather than fast, and each
+    of the Q/DQ graph's roundings is kept. Nor where a product is used twice, shapes differ, or
     computed tables or what they are multiplied with differ in scale.
     """
 
@@ -61,6 +62,8 @@ class LowerRotary(Pass):
 
     def run(self, compilation: Compilation) -> int:
         model = compilation.model
+        if min(_input_bits(model.graph), default=0) > _BYTE_BITS:
+            return 0
         editor, count = IntegerEditor(model), 0
         for node in list(model.graph):
             if not is_standard(node) or node.op_type not in ("Add", "Sub"):
@@ -72,14 +75,22 @@ class LowerRotary(Pass):
                 continue
             if static_shape(one.operand.codes) != static_shape(other.operand.codes):
                 continue
-            if any(item.operand.encoding.spec.bits > _BITS for item in (one, other)):
-                continue
             narrow = [NarrowedResult.of(result, moved=False).result for result in results]
             made = [_rotated(editor, node, one, other, result) for result in narrow]
             count += editor.take_over_all([result.codes for result in narrow], made)
         if count:
             common.RemoveUnusedNodesPass()(model)
         return count
+
+
+def _input_bits(graph: ir.Graph) -> Iterator[int]:
+    """Bits of what each linear takes."""
+    for node in graph:
+        if node.op_type not in ("MatMul", "Gemm") or not is_standard(node):
+            continue
+        one, other = (coded_input(value) for value in node.inputs[:2])
+        if one is not None and other is not None and other.constant:
+            yield one.encoding.spec.bits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
