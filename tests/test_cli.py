@@ -54,7 +54,7 @@ def test_help_shows_examples_in_reasonable_time(command: str, tmp_path: Path) ->
     started = time.perf_counter()
     done = call(command, "--help", folder=tmp_path, COLUMNS="100")
     assert done.exit_code == 0
-    assert time.perf_counter() - started < 10  # about 1 s; 10 on a machine that does much else
+    assert time.perf_counter() - started < 30  # about 1 s, or many where much else runs
     assert done.stderr == ""
     assert "Examples" in done.stdout
     assert f"$ {command} " in done.stdout
