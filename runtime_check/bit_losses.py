@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log10
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -79,11 +78,6 @@ class Change:
         """A value as its consumers get it."""
         encoding = self.activations.get(name)
         return value if encoding is None else fake_quantized(value, encoding)
-
-
-def sqnr(noise: float) -> float:
-    """Signal-to-noise ratio, dB, of a relative squared error."""
-    return -10.0 * log10(max(noise, 1e-30))
 
 
 def measure_losses(

@@ -14,7 +14,7 @@ from torch import Tensor
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import as_linear
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
-from qnpu.runtime_check.bit_losses import Change, Measure, measure_losses, sqnr
+from qnpu.runtime_check.bit_losses import Change, Measure, measure_losses
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
 from tests.decoders import LENGTH, canonical
@@ -138,7 +138,6 @@ def test_what_a_tensor_loses_by_itself() -> None:
         ratios = [float(((b - a).abs() / (a.abs() + 1e-8)).mean()) for a, b in pairs]
         assert noise[change.name] == pytest.approx(np.mean(noises), rel=1e-4)
         assert ratio[change.name] == pytest.approx(np.mean(ratios), rel=1e-3)
-    assert sqnr(0.01) == pytest.approx(20.0)
 
 
 def test_one_backward_pass_foretells_the_divergence() -> None:
