@@ -84,7 +84,7 @@ def test_divergence_of_the_logits(architecture: str) -> None:
     model = model_of(architecture)
     changes, found = losses(architecture, 4, Measure.KL)
     exact = [torch.log_softmax(item["logits"][0], -1) for item in values(model, ["logits"])]
-    for change in changes:
+    for change in changes[::4]:
         made = values(model, ["logits"], weights=change.tensors(), transform=change.transform)
         other = [torch.log_softmax(item["logits"][0], -1) for item in made]
         divergences = [
@@ -108,11 +108,10 @@ def test_every_other_position() -> None:
         assert found[change.name] == pytest.approx(np.mean(divergences), rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("measure", list(Measure))
-def test_more_bits_lose_less(architecture: str, measure: Measure) -> None:
-    _, few = losses(architecture, 4, measure)
-    _, many = losses(architecture, 8, measure)
+def test_more_bits_lose_less(measure: Measure) -> None:
+    _, few = losses("llama", 4, measure)
+    _, many = losses("llama", 8, measure)
     assert all(loss >= 0 for loss in (*few.values(), *many.values()))
     assert sum(many.values()) < sum(few.values()) / 6
     better = sum(many[name] < few[name] for name in few)
