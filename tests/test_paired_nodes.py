@@ -44,9 +44,11 @@ def test_helpers_belong_to_the_node_behind_them() -> None:
     made = lowered("llama", "w8a16")
     found = units(made.qdq.graph, made.integer.graph)
     forms = {tuple(functions(unit)) for unit in found if unit.kind == "linear"}
-    two_bytes = ("IntSplit", "MatMulInteger", "MatMulInteger")
-    assert all(form[: len(two_bytes)] == two_bytes for form in forms)
-    assert all(len(form) > len(two_bytes) for form in forms)
+    products = ("MatMulInteger", "MatMulInteger")
+    weight = {("IntSplit", "Cast", "BitwiseXor", *products), ("IntSplit", *products)}
+    starts = {form[: form.index("MatMulInteger") + len(products)] for form in forms}
+    assert starts == weight  # keys and values are uint8 already
+    assert all(form[form.index("MatMulInteger") + len(products) :] for form in forms)
     assert all(len(unit.nodes) == 1 for unit in found if unit.kind != "linear")
 
 
