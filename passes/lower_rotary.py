@@ -17,6 +17,7 @@ from qnpu.compiler.integer_arguments import rotate_arguments, rotate_by_argument
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import INT32_MAX, exact_ratios, fixed_point, rotary_numbers
 from qnpu.compiler.op_traits import is_standard
+from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_results import (
     CodedInput,
@@ -88,8 +89,9 @@ def _input_bits(graph: ir.Graph) -> Iterator[int]:
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm") or not is_standard(node):
             continue
-        one, other = (coded_input(value) for value in node.inputs[:2])
-        if one is not None and other is not None and other.constant:
+        one, other = coded_input(node.inputs[0]), node.inputs[1]
+        weight = input_operand(other) if other is not None else None
+        if one is not None and weight is not None and weight.constant:
             yield one.encoding.spec.bits
 
 

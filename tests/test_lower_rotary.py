@@ -101,12 +101,16 @@ def test_a_result_that_is_narrowed() -> None:
     assert np.abs(found - np.clip(real, 0, 255)).max() < 0.51
 
 
-LINEAR = "int8[4, 2] wq = {1, 2, 3, 4, 5, 6, 7, 8}, float sw = {0.1}, int8 zw = {0}"
+LINEAR = "int8[4, 2] wq = {1, 2, 3, 4, 5, 6, 7, 8}, float[2] sw = {0.1, 1}, int8[2] zw = {0, 0}"
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
 def test_every_rounding_is_kept_where_all_linears_take_16_bits(kind: str) -> None:
-    more = """w = DequantizeLinear(wq, sw, zw) l = MatMul(ra, w) u = QuantizeLinear(l, sy, zy)"""
+    more = """
+        w = DequantizeLinear<axis = 1>(wq, sw, zw)
+        l = MatMul(ra, w)
+        u = QuantizeLinear(l, sy, zy)
+    """
     model = rotary(kind, more=more, constants=LINEAR)
     model.graph.outputs.append(list(model.graph)[-1].outputs[0])
     assert apply(LowerRotary(), model) == (kind == "uint8")
