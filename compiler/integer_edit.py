@@ -201,7 +201,7 @@ class IntegerEditor(GraphEditor):
 
     def beside(
         self,
-        first: ir.Value,
+        first: ir.DataType | None,
         codes: ir.Value,
         zero_point: int,
         *,
@@ -211,13 +211,13 @@ class IntegerEditor(GraphEditor):
         """The second operand of a product as its kernel needs it, and its zero point.
 
         Args:
-            first: the first operand.
+            first: type of the first operand.
             codes: of 8 bits.
             zero_point: of those.
             before: place of new nodes, of which the same codes have only one.
             reach: greatest |code|, LSB; of two products of small ones the sum fits 16 bits.
         """
-        signed = first.dtype is ir.DataType.UINT8 and codes.dtype is ir.DataType.INT8
+        signed = first is ir.DataType.UINT8 and codes.dtype is ir.DataType.INT8
         if self.cpu is not Cpu.ANY or not signed or 2 * _BYTE_MAX * reach <= _INT16_MAX:
             return codes, zero_point
         if codes not in self._unsigned:

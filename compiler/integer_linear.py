@@ -122,7 +122,7 @@ def _product(
     pieces: list[tuple[int, int]],
 ) -> ir.Value:
     """Sums of a product, int32; int64 where they are made of several pieces."""
-    b = _Bytes(*editor.beside(a.codes, b.codes, b.zero_point, before=node, reach=b.reach))
+    b = _Bytes(*editor.beside(a.codes.dtype, b.codes, b.zero_point, before=node, reach=b.reach))
     if len(pieces) == 1:
         return _whole_product(editor, node, a, b, result)
     total: ir.Value | None = None
@@ -305,7 +305,7 @@ def _quantized_product(
     scales = np.array([float(ratio) for ratio in linear.ratios], np.float32)
     unit = editor.scale(np.array(1, np.float32))
     operand, zero_point = editor.beside(
-        linear.one.codes, operand, 0, before=node, reach=linear.weight.reach
+        linear.one.codes.dtype, operand, 0, before=node, reach=linear.weight.reach
     )
     ends = [
         editor.zero_point(zero, like)

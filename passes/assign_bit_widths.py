@@ -287,21 +287,20 @@ class _Widths:
         return count
 
     def _input_bits(self, linear: Linear) -> int:
-        scheme, source = self._scheme, name_of(_wide(linear.activation))
-        if is_online_rotation(linear):
-            return scheme.other_bits
         known = self._choices.linears.get(name_of(linear.weight))
-        if known is None and source in self._promoted:
-            return scheme.other_bits
-        if known is None and is_down_projection(linear):
-            return scheme.down_bits
-        if known is None and linear.node is self.head:
-            return scheme.head_input_bits
-        bits = scheme.input_bits if known is None else known.input
+        bits = self._input_bits_by_role(linear) if known is None else known.input
         if bits < _UNROTATED_BITS and not self._rotated.takes_rotated(linear):
-            self.refused[source] = bits
+            self.refused[name_of(_wide(linear.activation))] = bits
             return _UNROTATED_BITS
         return bits
+
+    def _input_bits_by_role(self, linear: Linear) -> int:
+        scheme = self._scheme
+        if is_online_rotation(linear) or name_of(_wide(linear.activation)) in self._promoted:
+            return scheme.other_bits
+        if is_down_projection(linear):
+            return scheme.down_bits
+        return scheme.head_input_bits if linear.node is self.head else scheme.input_bits
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):

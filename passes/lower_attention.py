@@ -146,9 +146,8 @@ class _Lowering:
         if editor.cpu is Cpu.VNNI and attention.shape[-2] >= _MANY_QUERIES:
             keys, zeros[0] = _signed(editor, keys, zeros[0], node)
             values, zeros[1] = _signed(editor, values, zeros[1], node)
-        keys, zeros[0] = editor.beside(parts[0][0], keys, zeros[0], before=node)
-        exponentials = ir.Value(type=ir.TensorType(ir.DataType.UINT8))
-        values, zeros[1] = editor.beside(exponentials, values, zeros[1], before=node)
+        keys, zeros[0] = editor.beside(parts[0][0].dtype, keys, zeros[0], before=node)
+        values, zeros[1] = editor.beside(ir.DataType.UINT8, values, zeros[1], before=node)
         values = _with_ones(editor, values, node)
         if shared is not None:
             keys = _transposed(editor, keys, node) if shared[0].transposed else keys

@@ -117,7 +117,8 @@ def measure_losses(
         yield from _fisher(blocks, batches, placed, logits)
         progress(_STEP, 1.0)
         return
-    runs = [_FloatRun.of(blocks, feeds, logits, stride) for feeds in batches]
+    executors = [TorchExecutor(block.nodes) for block in blocks]
+    runs = [_FloatRun.of(blocks, executors, feeds, logits, stride) for feeds in batches]
     for count, (index, change) in enumerate(placed, start=1):
         weights = change.tensors()
         losses = [run.loss(index, change, weights, measure) for run in runs]
@@ -172,9 +173,15 @@ class _FloatRun:
         self._log_likely: Tensor | None = None
 
     @classmethod
-    def of(cls, blocks: Sequence[Segment], feeds: Feeds, logits: str, stride: int) -> _FloatRun:
+    def of(
+        cls,
+        blocks: Sequence[Segment],
+        executors: Sequence[TorchExecutor],
+        feeds: Feeds,
+        logits: str,
+        stride: int,
+    ) -> _FloatRun:
         """Runs the float model."""
-        executors = [TorchExecutor(block.nodes) for block in blocks]
         values, crossing = feed_tensors(feeds), []
         with torch.no_grad():
             for block, executor in zip(blocks, executors, strict=True):
