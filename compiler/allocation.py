@@ -175,7 +175,7 @@ class Allocation:
         bound: no plan within the budget has less of what was to be least; None: not proven.
         gap: how far the plan may be from the best, (value - bound) / value; None: not proven.
         seconds: that it took.
-        method: ``exact``, ``greedy``, ``top-share`` or ``uniform``.
+        method: ``exact``, ``greedy``, ``top-share``, ``uniform`` or ``given``.
     """
 
     chosen: Mapping[str, str]
@@ -308,6 +308,22 @@ def uniform(problem: Problem, *names: str) -> Allocation:
             raise ValueError(f"item {item.name!r} has none of the choices {', '.join(names)}")
         chosen[item.name] = found[0]
     return _by_name(problem, chosen, "uniform", started)
+
+
+def given(problem: Problem, chosen: Mapping[str, str]) -> Allocation:
+    """A plan that came from elsewhere, with its loss and costs.
+
+    Args:
+        problem: what there is to choose.
+        chosen: item → choice, for every item.
+
+    Raises:
+        ValueError: an item is missing, or has no such choice.
+    """
+    for item in problem.items:
+        if item.name not in chosen:
+            raise ValueError(f"nothing is chosen for item {item.name!r}")
+    return _by_name(problem, chosen, "given", perf_counter())
 
 
 def pareto(problem: Problem, unit: str, points: int) -> list[Allocation]:

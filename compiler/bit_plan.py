@@ -13,6 +13,9 @@ from qnpu.compiler.rules import UnknownScheme
 
 SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
 
+AUTO = "auto"
+"""The scheme of which a search, or a plan, says what each linear and cache gets."""
+
 CHOSEN_BITS = 4
 """Weights of so many bits or fewer get codes chosen on data; wider ones are rounded to nearest."""
 
@@ -56,16 +59,20 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """The scheme called ``w<weight bits>a<activation bits>``.
+        """The scheme called ``w<weight bits>a<activation bits>``, or ``auto``.
 
         Of ``a4`` the outputs of linears and lm_head's input have 8 bits (quantnpu.md §Setting).
+        Under ``auto`` what is neither a linear nor a cache that is known has 8-bit weights and
+        16-bit inputs.
 
         Raises:
-            DiagnosticError: QN501 for a name that is not in ``SCHEMES``.
+            DiagnosticError: QN501 for any other name.
         """
+        if name == AUTO:
+            return cls(name, 8, 16, output_bits=16, head_input_bits=16)
         match = re.fullmatch(r"w(\d+)a(\d+)", name)
         if name not in SCHEMES or match is None:
-            raise DiagnosticError(UnknownScheme(name, ", ".join(SCHEMES)).at())
+            raise DiagnosticError(UnknownScheme(name, ", ".join((*SCHEMES, AUTO))).at())
         weight_bits, bits = int(match[1]), int(match[2])
         wide = max(bits, 8)
         return cls(name, weight_bits, bits, output_bits=wide, head_input_bits=wide)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from qnpu.compiler.bit_search import search_writers
 from qnpu.compiler.caches import (
     CACHED_INPUTS,
     ENTRIES_AXIS,
@@ -45,12 +46,14 @@ from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.return_new_entries import ReturnNewEntries
+from qnpu.passes.search_bit_widths import SearchBitWidths
 from qnpu.passes.tabulate_positions import TabulatePositions
 from qnpu.passes.take_encodings import TakeEncodings
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.generate import DECODE_NAME, PREFILL_NAME
 from qnpu.runtime_check.learning_record import LearningRecord
+from qnpu.runtime_check.loss_record import LossRecord
 
 PREFILL_QDQ_NAME, DECODE_QDQ_NAME = "prefill.qdq.onnx", "decode.qdq.onnx"
 GRAPHS = (PREFILL_NAME, DECODE_NAME, PREFILL_QDQ_NAME, DECODE_QDQ_NAME)
@@ -88,6 +91,7 @@ def compile_cached(
     calibration: FeedSource,
     progress: ProgressCallback = no_progress,
     record: LearningRecord | None = None,
+    losses: LossRecord | None = None,
 ) -> CachedDecoder:
     """Float ONNX with dynamic lengths in, a prefill and a decode graph out, both static Q/DQ.
 
@@ -100,6 +104,7 @@ def compile_cached(
         calibration: windows of S tokens.
         progress: called with a step's name and the fraction of it that is done.
         record: keeps what was learned so far, for a run that is killed.
+        losses: keeps what a search for bits measured.
 
     Raises:
         DiagnosticError: QN118 inputs or outputs of a cache are missing, QN312 the graphs do not
@@ -113,10 +118,12 @@ def compile_cached(
         take_hub_names(model.graph)
     config = replace(config, integer_io=False, integer=False)
     second = Compilation(model.clone(), load_target(config.target))
-    result = _compile_prefill(model, config, calibration, progress, record)
+    result = _compile_prefill(model, config, calibration, progress, record, losses)
     floats = result.float_model.graph.initializers
     constants = {name: v.const_value for name, v in floats.items() if v.const_value is not None}
     second.bit_plan = replace(result.bit_plan, specs={})  # sensitivities are not measured again
+    if result.bit_search is not None:
+        second.bit_choices = result.bit_plan.choices
     passes = default_passes(config, calibration)
     (widths,) = [item for item in passes if isinstance(item, AssignBitWidths)]
     decode_passes: list[Pass] = [
@@ -136,7 +143,7 @@ def compile_cached(
 def _float_passes(config: CompileConfig, tokens: int, calibration: FeedSource) -> list[Pass]:
     """Every pass before bit widths, for so many tokens at a time."""
     passes = default_passes(config, calibration)
-    first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
+    first = _first_of_bits(passes)
     canonical = canonical_passes(config)
     kept = (*config.keep_inputs, *CACHED_INPUTS)
     return [
@@ -148,12 +155,20 @@ def _float_passes(config: CompileConfig, tokens: int, calibration: FeedSource) -
     ]
 
 
+def _first_of_bits(passes: Sequence[Pass]) -> int:
+    """Where passes on the float graph end, and bits are chosen."""
+    return next(
+        i for i, p in enumerate(passes) if isinstance(p, (SearchBitWidths, AssignBitWidths))
+    )
+
+
 def _compile_prefill(
     model: ir.Model,
     config: CompileConfig,
     calibration: FeedSource,
     progress: ProgressCallback,
     record: LearningRecord | None,
+    losses: LossRecord | None,
 ) -> CompileResult:
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
@@ -165,8 +180,8 @@ def _compile_prefill(
         if done.name == FreezeShapes.name:
             _check_lengths(model.graph, config.seq_len, config.context)
 
-    passes = default_passes(config, calibration, progress, record)
-    first = next(i for i, item in enumerate(passes) if isinstance(item, AssignBitWidths))
+    passes = default_passes(config, calibration, progress, record, losses)
+    first = _first_of_bits(passes)
     floats = _float_passes(config, config.seq_len, calibration)
     rewrites = run_passes([*floats, *passes[first:]], compilation, after_pass=after_pass)
     return CompileResult(
@@ -179,6 +194,7 @@ def _compile_prefill(
         rewrites=rewrites,
         legalized=compilation.legalized,
         learning=compilation.learning,
+        bit_search=compilation.bit_search,
     )
 
 
@@ -218,6 +234,7 @@ def write_cached(
     writers |= {
         BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path),
         ENCODINGS_NAME: lambda path: write_json(result.encodings.to_json(), path),
+        **search_writers(result.bit_search),
         **parity_writers(checks.parity),
         **more,
     }

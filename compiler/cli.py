@@ -16,6 +16,7 @@ from rich.table import Table
 
 from qnpu.compiler.bit_choices import read_plan
 from qnpu.compiler.bit_plan import SCHEMES
+from qnpu.compiler.bit_search import SEARCH_FILES, SENSITIVITIES
 from qnpu.compiler.cached_decoder import (
     FILES,
     GRAPHS,
@@ -73,6 +74,7 @@ from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.learning_record import LEARNING_FOLDER, LearningRecord
+from qnpu.runtime_check.loss_record import LOSSES_FOLDER, LossRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.oracle import random_feeds
 from qnpu.runtime_check.perplexity import measure_perplexity
@@ -95,7 +97,45 @@ _DEFAULTS = CompileConfig()
 def _compile(
     model: ModelArgument,
     scheme: Annotated[
-        str | None, typer.Option(help=f"Bits: {', '.join(SCHEMES)}. Default: {_DEFAULTS.scheme}.")
+        str | None,
+        typer.Option(
+            help=f"Bits: {', '.join(SCHEMES)}, or auto: chosen under a --budget. "
+            f"Default: {_DEFAULTS.scheme}."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="For scheme auto: latency=80ms (modelled, of --workload), size=90MB (weights and "
+            "caches), ppl=1.05 (times the float model's), or a,b for several."
+        ),
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            help="PROMPT/DECODE tokens that latency is modelled for. "
+            f"Default: {_DEFAULTS.workload}."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            help=f"For scheme auto, how single tensors are measured: {', '.join(SENSITIVITIES)}. "
+            f"Default: {_DEFAULTS.sensitivity}."
+        ),
+    ] = None,
+    search_windows: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Windows to measure losses of tensors on. Default: {_DEFAULTS.search_windows}."
+        ),
+    ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that keeps measured losses for other budgets. "
+            f"Default: {LOSSES_FOLDER} in --out."
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -318,6 +358,11 @@ def _compile(
     started = time.perf_counter()
     options = {
         "scheme": scheme or (read_plan(Path(plan))[0] if plan else None),
+        "budget": budget,
+        "workload": workload,
+        "sensitivity": sensitivity,
+        "search_windows": search_windows,
+        "losses": losses,
         "plan": plan,
         "target": target,
         "emit": tuple(emit.split(",") if emit else ()) if emit is not None else None,
@@ -373,8 +418,9 @@ def _compile(
     more = [emission(name).file for name in settings.emit] + [HANDOFF_NAME] * bool(profile.handoff)
     check_folder(out)
     more += [INTEGER_NAME, PARITY_NAME] * settings.integer
+    charts = list(SEARCH_FILES) * bool(settings.budget)
     one = [MODEL_NAME, BIT_PLAN_NAME, ENCODINGS_NAME, *more]
-    check_overwrite(out, [*(FILES if settings.context else one), REPORT_NAME])
+    check_overwrite(out, [*(FILES if settings.context else one), *charts, REPORT_NAME])
     times: dict[str, float] = {}
 
     with (
@@ -390,7 +436,8 @@ def _compile(
         calibration, data = calibration_data(settings, opened.tokenizer)
         times["load"] = time.perf_counter() - started
         record = LearningRecord(out / LEARNING_FOLDER, resume)
-        made = _work(opened, settings, calibration, progress, record)
+        known = LossRecord(Path(settings.losses) if settings.losses else out / LOSSES_FOLDER)
+        made = _work(opened, settings, calibration, progress, record, known)
         result = made.prefill if isinstance(made, CachedDecoder) else made
         times["compile"] = time.perf_counter() - started - times["load"]
         if process_index() > 0:
@@ -424,9 +471,10 @@ def _work(
     calibration: FeedSource,
     progress: ProgressCallback,
     record: LearningRecord,
+    losses: LossRecord,
 ) -> CompileResult | CachedDecoder:
     compiled = compile_cached if settings.context else compile_model
-    return compiled(opened.model, settings, calibration, progress, record)
+    return compiled(opened.model, settings, calibration, progress, record, losses)
 
 
 def _write(
@@ -601,6 +649,7 @@ def _summary(
         "perplexity": {name: value.value for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
         "parity": report["parity"],
+        "search": _brief(report["search"]),
         "evaluation": report["evaluation"],
         "calibration": report["calibration"],
         "lowest_sqnr_db": {tensor.name: round(tensor.sqnr_db, 2) for tensor in worst},
@@ -620,6 +669,7 @@ def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
         table.add_row("quantized / float", f"{ratio:.4f}")
         table.add_row("measured on", summary["evaluation"])
     _add_parity(table, summary["parity"])
+    _add_search(table, summary["search"])
     table.add_row("calibrated on", summary["calibration"])
     table.add_row("float graph against source", f"{summary['source_error']:.1e} of max |output|")
     for tensor, sqnr in list(summary["lowest_sqnr_db"].items())[:3]:
@@ -632,6 +682,24 @@ def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
     table.add_row("time", f"{seconds['total']:.0f} s ({steps})")
     table.add_row("peak RSS", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
     Console(soft_wrap=True).print(table)
+
+
+def _brief(search: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a search is printed: not each tensor."""
+    return {k: v for k, v in search.items() if k != "tensors"} if search is not None else None
+
+
+def _add_search(table: Table, search: dict[str, Any] | None) -> None:
+    """The plan that a search chose; times are modelled."""
+    if search is None:
+        return
+    chosen = search["chosen"]
+    where = f"{search['workload']} tokens on {search['target']}"
+    table.add_row("latency, modelled", f"{chosen['seconds'] * 1e3:.4g} ms for {where}")
+    table.add_row("weights and caches", f"{chosen['bytes'] / 1e6:.4g} MB")
+    loss = f"{chosen['expected']:.4g} expected, {chosen['measured']:.4g} measured"
+    table.add_row("loss, nats per token", f"{loss}, {len(search['trials'])} plans tried")
+    table.add_row("from the best sum", f"{search['gap']:.2g} at most, proven")
 
 
 def _add_parity(table: Table, kinds: list[dict[str, Any]]) -> None:
@@ -754,6 +822,7 @@ qnpu-compile smollm2-135m --scheme w8a16 --out out
 qnpu-compile model.onnx --scheme w4a8 --calib my.txt --tokenizer my-model/
 qnpu-compile cnn.onnx --scheme w8a8 --calib images.npz --freeze-dim N=1
 qnpu-compile model.onnx --config compile.toml --json
+qnpu-compile model.onnx --scheme auto --budget latency=250ms --target qnn-htp-v75
 qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
 qnpu-compile model.qdq.onnx --target qnn-htp-v75
 qnpu-compile smollm2-135m --scheme w8a8 --seq-len 128 --context 512 --out chat

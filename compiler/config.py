@@ -10,8 +10,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from qnpu.compiler.bit_choices import BitChoices, read_plan
-from qnpu.compiler.bit_plan import CHOSEN_BITS, LEARNED_BITS, Scheme
+from qnpu.compiler.bit_budget import DEFAULT_WORKLOAD, parse_budget, parse_workload
+from qnpu.compiler.bit_choices import WEIGHT_BITS, BitChoices, read_plan
+from qnpu.compiler.bit_plan import AUTO, CHOSEN_BITS, LEARNED_BITS, Scheme
+from qnpu.compiler.bit_search import SENSITIVITIES
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
 from qnpu.compiler.integer_cpu import Cpu
@@ -29,7 +31,14 @@ class CompileConfig:
     """Options of ``qnpu-compile``; field names are the keys of a TOML file.
 
     Attributes:
-        scheme: bits of weights and of linear inputs, e.g. ``w8a16``.
+        scheme: bits of weights and of linear inputs, e.g. ``w8a16``; ``auto`` where a budget or a
+            plan says it linear by linear.
+        budget: with ``auto``, what bits are searched for under: ``latency=80ms``, ``size=90MB``,
+            ``ppl=1.05`` (times the float model's), or several (``qnpu.compiler.bit_budget``).
+        workload: ``PROMPT/DECODE``, tokens, that latency is modelled for.
+        sensitivity: how losses of single tensors are measured in a search.
+        search_windows: windows of text to measure losses on, behind those of calibration.
+        losses: folder to keep measured losses in; empty: that of the results.
         down_bits: bits of the inputs of down projections, 8 or 16.
         query_bits: bits of queries where scores are computed, 8 or 16.
         logits_bits: bits of the last linear's result, 8 or 16.
@@ -91,6 +100,11 @@ class CompileConfig:
     logits_bits: int = 16
     promote: float = 0.0
     plan: str = ""
+    budget: str = ""
+    workload: str = DEFAULT_WORKLOAD
+    sensitivity: str = "kl"
+    search_windows: int = 2
+    losses: str = ""
     target: str = DEFAULT_TARGET
     emit: tuple[str, ...] = ()
     calib: str = ""
@@ -141,6 +155,7 @@ class CompileConfig:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
         if self.plan and (self.promote or self.down_bits == 8):
             _fail("plan", "says itself which inputs get 16 bits: no promote, no down_bits")
+        self._check_search()
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "seqmse", "nearest"])
         _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
@@ -162,6 +177,7 @@ class CompileConfig:
         _check_least("learn_steps", 1 if self.learn_steps is None else self.learn_steps, 1)
         _check_least("learn_batch", self.learn_batch, 1)
         _check_least("eval_windows", self.eval_windows, 0)
+        _check_least("search_windows", self.search_windows, 1)
         _check_least("seq_len", self.seq_len, 2)
         _check_choice("names", self.names, ["source", AI_HUB])
         if self.context:
@@ -174,6 +190,19 @@ class CompileConfig:
             _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
+
+    def _check_search(self) -> None:
+        parse_workload(self.workload)
+        _check_choice("sensitivity", self.sensitivity, list(SENSITIVITIES))
+        if self.scheme == AUTO:
+            if bool(self.budget) == bool(self.plan):
+                _fail("scheme", "auto needs a budget, such as latency=80ms, or a plan, not both")
+            if self.promote or self.down_bits == 8:
+                _fail("scheme", "auto says which inputs get 16 bits: no promote, no down_bits")
+        elif self.budget:
+            _fail("budget", f"has no effect with scheme {self.scheme}: take scheme auto")
+        if self.budget:
+            parse_budget(self.budget)
 
     def _check_context(self) -> None:
         _check_least("context", self.context, self.seq_len + 1)
@@ -196,8 +225,14 @@ class CompileConfig:
     @property
     def windows(self) -> int:
         """Windows of text that are needed: to measure on and, where codes are chosen, for that."""
-        chooses = self.bits_by_role.weight_bits <= self.chosen_bits
-        return max(self.calib_windows, self.learn_windows * (chooses or self.learn != "none"))
+        least = min(WEIGHT_BITS) if self.scheme == AUTO else self.bits_by_role.weight_bits
+        learns = self.learn != "none" or least <= self.chosen_bits
+        return max(self.calib_windows, self.learn_windows * learns)
+
+    @property
+    def all_windows(self) -> int:
+        """Those, and behind them the ones that a search measures losses on."""
+        return self.windows + self.search_windows * bool(self.budget)
 
     @property
     def chosen_bits(self) -> int:

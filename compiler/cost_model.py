@@ -255,6 +255,11 @@ class CostModel:
             raise DiagnosticError(NoCostModel(target.id, "any bits").at())
         return cls(target.id, target.cost)
 
+    def has(self, weight: int, input: int) -> bool:
+        """The profile lists this pair of bits, with one scale per channel."""
+        wanted = input, weight, 0
+        return any((r.input, r.weight, r.block_scale_bits) == wanted for r in self.table.speeds)
+
     def linear_bytes(self, shape: LinearShape, bits: LinearBits) -> int:
         """Bytes of a weight: its codes, a scale for each channel, and those of its blocks.
 
@@ -276,6 +281,17 @@ class CostModel:
             DiagnosticError: QN508 the profile has no figure for these bits.
         """
         return self._linear_over(workload.runs, shape, bits)
+
+    def cache_bytes(self, model: ModelShape, bits: int, workload: Workload) -> float:
+        """Bytes of the keys of one layer, or of its values, in the longest run.
+
+        Args, raises: as ``cache_seconds``.
+        """
+        return self._cache_bytes(model, bits, _longest(workload))
+
+    def embedding_bytes(self, model: ModelShape) -> int:
+        """Bytes of the embedding table, where it is none of the linears' weights."""
+        return ceil(model.embedding * self._widest / 8)
 
     def cache_seconds(self, model: ModelShape, bits: int, workload: Workload) -> float:
         """Time of the products with the keys of one layer, or with its values, over all runs, s.
@@ -315,13 +331,12 @@ class CostModel:
         prefill = self._parts(workload.prefill_runs, model, bits, kv_bits)
         decode = self._parts(workload.decode_runs, model, bits, kv_bits)
         weights = sum(self.linear_bytes(shape, bits[shape.name]) for shape in model.linears)
-        longest = max(run.attended for run in workload.runs)
-        caches = _CACHES * model.layers * self._cache_bytes(model, kv_bits, longest)
+        caches = _CACHES * model.layers * self.cache_bytes(model, kv_bits, workload)
         return Cost(
             self.target,
             sum(prefill.values()),
             sum(decode.values()),
-            weights + ceil(model.embedding * self._widest / 8),
+            weights + self.embedding_bytes(model),
             ceil(caches),
             {name: seconds + decode[name] for name, seconds in prefill.items()},
         )
@@ -411,3 +426,7 @@ class CostModel:
             missing = f"{bits.weight}-bit weights{kind} and {bits.input}-bit inputs"
             raise DiagnosticError(NoCostModel(self.target, missing).at())
         return min(rows, key=lambda row: (row.input, row.weight))
+
+
+def _longest(workload: Workload) -> int:
+    return max(run.attended for run in workload.runs)

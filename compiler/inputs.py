@@ -100,9 +100,9 @@ def calibration_data(config: CompileConfig, tokenizer: Tokenizer | None) -> tupl
     if config.calib.endswith(".npz"):
         return ArraySamples(load_arrays(config.calib)), config.calib
     source, description = text_windows(
-        config.calib, "calibration", tokenizer, config.seq_len, config.windows, config.bos
+        config.calib, "calibration", tokenizer, config.seq_len, config.all_windows, config.bos
     )
-    if config.windows > config.calib_windows:
+    if config.all_windows > config.calib_windows:
         description += f"; ranges measured on the first {config.calib_windows}"
     return source, description
 

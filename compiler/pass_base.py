@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qnpu.compiler.bit_choices import BitChoices
 from qnpu.compiler.bit_plan import BitPlan
+from qnpu.compiler.bit_search import BitSearch
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.target import TargetProfile
@@ -73,6 +74,7 @@ class Compilation:
         model: the graph, changed in place.
         target: what the NPU accepts.
         bit_choices: for assign-bit-widths, where a pass before it chose bits linear by linear.
+        bit_search: how they were chosen; None where no search was made.
         bit_plan: filled by assign-bit-widths.
         encodings: filled by calibrate-ranges, empty again once Q/DQ pairs carry them.
         diagnostics: warnings and notes; errors are raised.
@@ -84,6 +86,7 @@ class Compilation:
     model: ir.Model
     target: TargetProfile = field(default_factory=TargetProfile)
     bit_choices: BitChoices = field(default_factory=BitChoices)
+    bit_search: BitSearch | None = None
     bit_plan: BitPlan = field(default_factory=BitPlan)
     encodings: EncodingTable = field(default_factory=EncodingTable)
     diagnostics: list[Diagnostic] = field(default_factory=list)

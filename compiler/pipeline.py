@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qnpu.compiler.bit_plan import BitPlan
+from qnpu.compiler.bit_search import BitSearch, search_writers
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.encodings import EncodingTable
@@ -64,11 +65,13 @@ from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.recalibrate_ranges import RecalibrateRanges
 from qnpu.passes.round_weights import RoundWeights
+from qnpu.passes.search_bit_widths import SearchBitWidths
 from qnpu.passes.snap_scales import SnapScales
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
-from qnpu.runtime_check.feeds import FeedSource, FirstRuns
+from qnpu.runtime_check.feeds import FeedSource, FirstRuns, LastRuns
 from qnpu.runtime_check.learning_record import LearningRecord
+from qnpu.runtime_check.loss_record import LossRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.perplexity import Perplexity, stream_perplexity
 from qnpu.runtime_check.segments import SegmentRunner
@@ -104,6 +107,7 @@ def default_passes(
     calibration: FeedSource,
     progress: ProgressCallback = no_progress,
     record: LearningRecord | None = None,
+    losses: LossRecord | None = None,
 ) -> list[Pass]:
     """Every pass of a compile, in the order they run."""
     rotations: list[Pass] = [
@@ -117,9 +121,23 @@ def default_passes(
             FirstRuns(calibration, _PREFIX_WINDOWS), parse_prefix(config.prefix), progress=progress
         )
     ]
+    to_choose_on = FirstRuns(calibration, config.learn_windows)
+    search: list[Pass] = [
+        SearchBitWidths(
+            config.budget,
+            measured,
+            to_choose_on,
+            LastRuns(calibration, config.search_windows),
+            config.workload,
+            config.sensitivity,
+            RangeMethod(config.range_method),
+            losses or LossRecord(),
+            progress=progress,
+        )
+    ]
     rounding: list[Pass] = [
         RoundWeights(
-            FirstRuns(calibration, config.learn_windows),
+            to_choose_on,
             nearest=config.weights == "seqmse",
             bits=config.chosen_bits,
             progress=progress,
@@ -127,7 +145,7 @@ def default_passes(
     ]
     learning: list[Pass] = [
         LearnScales(
-            FirstRuns(calibration, config.learn_windows),
+            to_choose_on,
             config.learn,
             config.learn_weights,
             config.learn_tensors,
@@ -160,6 +178,7 @@ def default_passes(
         *(rotations if config.rotate else []),
         *(online if config.online else []),
         *(prefix if config.prefix != "none" else []),
+        *(search if config.budget else []),
         AssignBitWidths(
             config.bits_by_role, config.promote, measured, progress, config.bit_choices
         ),
@@ -192,6 +211,7 @@ class CompileResult:
         rewrites: pass name → how many places it changed.
         legalized: what legalize-target did to which node.
         learning: losses that learning came to.
+        bit_search: how bits were chosen; None where no search was made.
         unprefixed_model: the graph just before a prefix went in, None where none did; shares its
             weights.
         integer_model: the QDQ graph on integers alone, None where it was not asked for; shares its
@@ -207,6 +227,7 @@ class CompileResult:
     rewrites: dict[str, int]
     legalized: list[Legalized] = field(default_factory=list)
     learning: list[LearningPoint] = field(default_factory=list)
+    bit_search: BitSearch | None = None
     unprefixed_model: ir.Model | None = None
     integer_model: ir.Model | None = None
 
@@ -217,6 +238,7 @@ def compile_model(
     calibration: FeedSource,
     progress: ProgressCallback = no_progress,
     record: LearningRecord | None = None,
+    losses: LossRecord | None = None,
 ) -> CompileResult:
     """Float ONNX in, static QDQ out. ``model`` is changed in place.
 
@@ -226,13 +248,14 @@ def compile_model(
         calibration: data to measure, round and learn on.
         progress: called with a step's name and the fraction of it that is done.
         record: keeps what was learned so far, for a run that is killed.
+        losses: keeps what a search for bits measured.
 
     Raises:
         DiagnosticError: the graph, the data or the configuration does not allow it.
     """
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
-    passes = default_passes(config, calibration, progress, record)
+    passes = default_passes(config, calibration, progress, record, losses)
     before_prefix = next(
         (a.name for a, b in itertools.pairwise(passes) if b.name == InsertPrefix.name), ""
     )
@@ -253,6 +276,7 @@ def compile_model(
         rewrites=rewrites,
         legalized=compilation.legalized,
         learning=compilation.learning,
+        bit_search=compilation.bit_search,
         unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
         integer_model=lower_model(model, Cpu(config.cpu)) if config.integer else None,
     )
@@ -372,7 +396,7 @@ def write_result(
         BIT_PLAN_NAME: lambda path: write_json(result.bit_plan.to_json(), path)
     }
     about = about | findings(result, checks)
-    plan |= parity_writers(checks.parity)
+    plan |= search_writers(result.bit_search) | parity_writers(checks.parity)
     return write_files(folder, result, handout, about, plan | dict(more))
 
 
@@ -384,6 +408,7 @@ def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
         "source_error": checks.source_error,
         "prefix": prefix.to_json() if prefix is not None else None,
         "sensitivities": result.bit_plan.sensitivities,
+        "search": result.bit_search.to_json() if result.bit_search is not None else None,
         "learning": [asdict(point) for point in result.learning],
         "promoted": list(result.bit_plan.promoted),
         "tensors": [asdict(tensor) for tensor in checks.tensors],

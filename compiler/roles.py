@@ -6,13 +6,19 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.graph_edit import (
+    constant_array,
+    like,
+    name_of,
+    unique_initializer_name,
+)
 from qnpu.compiler.hadamard import is_scaled_hadamard
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
     is_dynamic_matmul,
     is_float,
+    is_parameter,
     is_standard,
     layout_inputs,
     normalized_inputs,
@@ -128,3 +134,45 @@ def _goes_to_softmax(value: ir.Value) -> bool:
         if passes and any(_goes_to_softmax(output) for output in user.outputs):
             return True
     return False
+
+
+def separate_roles(graph: ir.Graph) -> int:
+    """Gives an initializer one name per role: weight by channel axis, bias, anything else.
+
+    The data is not copied.
+
+    Returns:
+        How many names were added.
+    """
+    linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
+    roles: dict[ir.Value, dict[str, list[tuple[ir.Node, int]]]] = {}
+    for value in list(graph.initializers.values()):
+        if not is_float(value):
+            continue
+        for node, index in value.uses():
+            linear = linears.get(node)
+            role = "parameter" if is_parameter(node, index) else "other"
+            if linear is not None and linear.weight is value:
+                role = f"weight{linear.channel_axis}"
+            elif linear is not None and linear.bias is value:
+                # A bias's scale comes from its own linear, so two linears cannot share one.
+                role = f"bias of {id(node)}"
+            roles.setdefault(value, {}).setdefault(role, []).append((node, index))
+    count = 0
+    for value, uses_by_role in roles.items():
+        for uses in list(uses_by_role.values())[1:]:
+            _rename_uses(graph, value, uses)
+            count += 1
+    return count
+
+
+def _rename_uses(graph: ir.Graph, value: ir.Value, uses: list[tuple[ir.Node, int]]) -> None:
+    tensor = value.const_value
+    if tensor is None:
+        return
+    name = unique_initializer_name(graph, name_of(value))
+    twin = like(value, name)
+    twin.const_value = tensor
+    graph.register_initializer(twin)
+    for node, index in uses:
+        node.replace_input_with(index, twin)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from math import ceil, exp
 from typing import ClassVar
 
 from qnpu.compiler import target_rules
@@ -1480,8 +1481,8 @@ class InfeasibleBudget(Rule):
         No search can find what is not there; the least that is possible says how far off it is.
 
     Example
-        ```python
-        solve(problem, Budget({"latency": 0.0}))
+        ```console
+        qnpu-compile model.onnx --scheme auto --budget size=1MB --target qnn-htp-v75
         ```
 
     How to fix
@@ -1504,7 +1505,9 @@ class InfeasibleBudget(Rule):
         )
 
     def help(self) -> str:
-        return f"ask for a `{self.unit}` of {self.nearest:g} or more"
+        if self.unit == "loss":  # nats per token, the logarithm of what the user writes
+            return f"raise --budget ppl=… to {ceil(exp(self.nearest) * 1e4) / 1e4:g} or more"
+        return f"raise --budget {self.unit}=… to {self.nearest:g} or more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1536,6 +1539,33 @@ class InvalidPlan(Rule):
 
     def help(self) -> str:
         return "take the bit_plan.json of a compile of this model, and edit numbers alone"
+
+
+@dataclass(frozen=True, slots=True)
+class NoDecoder(Rule):
+    """What it checks
+        A graph whose bits are searched for is a decoder, with attention made of single operators.
+
+    Why it matters
+        The latency model knows decoders alone: their linears, their caches, how often each is read.
+
+    Example
+        ```console
+        qnpu-compile cnn.onnx --scheme auto --budget size=1MB --target qnn-htp-v75
+        ```
+
+    How to fix
+        See what ``--explain-topology`` says of the graph. Or take one of the other schemes.
+    """
+
+    code: ClassVar[str] = "QN541"
+    name: ClassVar[str] = "no-decoder"
+
+    def message(self) -> str:
+        return "bits can be searched for in decoders alone, and this graph is none that is known"
+
+    def help(self) -> str:
+        return "see --explain-topology, or take another scheme than auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,13 @@ from qnpu.compiler.bit_choices import BitChoices, LinearBits
 from qnpu.compiler.bit_plan import BitPlan, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
-from qnpu.compiler.graph_edit import like, name_of, unique_initializer_name
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
     encoding_groups,
     is_dynamic_matmul,
-    is_float,
     is_layout_copy,
-    is_parameter,
     layout_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
@@ -34,6 +32,7 @@ from qnpu.compiler.roles import (
     is_requantize_point,
     joins_residual,
     makes_scores,
+    separate_roles,
 )
 from qnpu.compiler.rotated_caches import turn_caches
 from qnpu.compiler.rotated_weights import rotated_weights
@@ -119,8 +118,7 @@ class AssignBitWidths(Pass):
 
     def run(self, compilation: Compilation) -> int:
         graph = compilation.graph
-        linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
-        count = _separate_roles(graph, linears)
+        count = separate_roles(graph)
         linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
         ratios = self._sensitivities(compilation, linears)
         promoted = most_sensitive(ratios, self.promote)
@@ -453,38 +451,3 @@ def _reaches_output(node: ir.Node) -> bool:
         )
         for value in node.outputs
     )
-
-
-def _separate_roles(graph: ir.Graph, linears: dict[ir.Node, Linear]) -> int:
-    """Gives an initializer one name per role: weight by channel axis, bias, anything else."""
-    roles: dict[ir.Value, dict[str, list[tuple[ir.Node, int]]]] = {}
-    for value in list(graph.initializers.values()):
-        if not is_float(value):
-            continue
-        for node, index in value.uses():
-            linear = linears.get(node)
-            role = "parameter" if is_parameter(node, index) else "other"
-            if linear is not None and linear.weight is value:
-                role = f"weight{linear.channel_axis}"
-            elif linear is not None and linear.bias is value:
-                # A bias's scale comes from its own linear, so two linears cannot share one.
-                role = f"bias of {id(node)}"
-            roles.setdefault(value, {}).setdefault(role, []).append((node, index))
-    count = 0
-    for value, uses_by_role in roles.items():
-        for uses in list(uses_by_role.values())[1:]:
-            _rename_uses(graph, value, uses)
-            count += 1
-    return count
-
-
-def _rename_uses(graph: ir.Graph, value: ir.Value, uses: list[tuple[ir.Node, int]]) -> None:
-    tensor = value.const_value
-    if tensor is None:
-        return
-    name = unique_initializer_name(graph, name_of(value))
-    twin = like(value, name)
-    twin.const_value = tensor
-    graph.register_initializer(twin)
-    for node, index in uses:
-        node.replace_input_with(index, twin)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from qnpu.compiler.quant_types import Encoding
 from qnpu.runtime_check.blocks import cut_blocks
 from qnpu.runtime_check.fake_quantize import fake_quantized
 from qnpu.runtime_check.segments import Segment
-from qnpu.runtime_check.session import Feeds
+from qnpu.runtime_check.session import Array, Feeds
 from qnpu.runtime_check.torch_executor import (
     CheckpointedExecutor,
     Tensors,
@@ -70,9 +71,9 @@ class Change:
     activations: Mapping[str, Encoding] = field(default_factory=dict)
     weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All weights, made."""
-        return {name: make() for name, make in self.weights.items()}
+    def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Weights, made: those of some names, or all."""
+        return {n: make() for n, make in self.weights.items() if names is None or n in names}
 
     def transform(self, name: str, value: Tensor) -> Tensor:
         """A value as its consumers get it."""
@@ -80,59 +81,122 @@ class Change:
         return value if encoding is None else fake_quantized(value, encoding)
 
 
-def measure_losses(
-    model: ir.Model,
-    batches: Sequence[Feeds],
-    changes: Sequence[Change],
-    measure: Measure,
-    *,
-    logits: str = "logits",
-    stride: int = 4,
-    progress: ProgressCallback = no_progress,
-) -> Iterator[tuple[str, float]]:
-    """Each change's loss, mean over all batches, in the order of the graph's blocks.
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What a change of many tensors costs.
 
-    The graph runs a block at a time. Of a change only its own block and those behind it run anew,
-    from what the float model hands them; of the last one, the head, only every ``stride``-th
-    position where its nodes allow that. Memory holds what crosses between blocks, and one change.
+    Attributes:
+        divergence: KL of the logits' distribution from the float model's, nats per token.
+        nll: mean cross-entropy of the next token, nats; perplexity is its exponential.
+    """
+
+    divergence: float
+    nll: float
+
+
+class LossMeter:
+    """Measures what changes cost a language model, all on the same data.
+
+    The graph runs a block at a time. Memory holds what crosses between blocks, and one change.
 
     Args:
-        model: float, typed, topologically sorted; a language model for KL and FISHER.
+        model: float, typed, topologically sorted; a language model for KL, FISHER and ``together``.
         batches: one feed dictionary per batch.
-        changes: each within one block.
-        measure: what the loss is.
         logits: name of the output that a distribution is made of.
-        stride: positions of which one is looked at.
-        progress: called with fraction done.
-
-    Yields:
-        Name of a change and its loss, 0 or more; as soon as it is measured.
-
-    Raises:
-        ValueError: a change is of nothing that one block takes or makes.
+        stride: positions of which one is looked at for KL.
     """
-    blocks = cut_blocks(model.graph)
-    placed = _placed(blocks, changes)
-    if measure is Measure.FISHER:
-        yield from _fisher(blocks, batches, placed, logits)
-        progress(_STEP, 1.0)
-        return
-    executors = [TorchExecutor(block.nodes) for block in blocks]
-    runs = [_FloatRun.of(blocks, executors, feeds, logits, stride) for feeds in batches]
-    for count, (index, change) in enumerate(placed, start=1):
-        weights = change.tensors()
-        losses = [run.loss(index, change, weights, measure) for run in runs]
-        yield change.name, sum(losses) / len(losses)
-        progress(_STEP, count / len(placed))
+
+    def __init__(
+        self,
+        model: ir.Model,
+        batches: Sequence[Feeds],
+        *,
+        logits: str = "logits",
+        stride: int = 4,
+    ) -> None:
+        self._blocks = cut_blocks(model.graph)
+        self._batches = batches
+        self._logits = logits
+        self._stride = stride
+        self._runs: list[_FloatRun] = []
+
+    def each(
+        self,
+        changes: Sequence[Change],
+        measure: Measure,
+        *,
+        progress: ProgressCallback = no_progress,
+    ) -> Iterator[tuple[str, float]]:
+        """Each change's loss, mean over all batches, in the order of the graph's blocks.
+
+        Of a change only its own block and those behind it run anew, from what the float model hands
+        them; of the last one, the head, only every ``stride``-th position where its nodes allow it.
+
+        Args:
+            changes: each within one block.
+            measure: what the loss is.
+            progress: called with fraction done.
+
+        Yields:
+            Name of a change and its loss, 0 or more; as soon as it is measured.
+
+        Raises:
+            ValueError: a change is of nothing that one block takes or makes.
+        """
+        placed = _placed(self._blocks, changes)
+        if measure is Measure.FISHER:
+            yield from _fisher(self._blocks, self._batches, placed, self._logits)
+            progress(_STEP, 1.0)
+            return
+        runs = self._float_runs()
+        for count, (index, change) in enumerate(placed, start=1):
+            weights = change.tensors()
+            losses = [run.loss(index, change, weights, measure) for run in runs]
+            yield change.name, sum(losses) / len(losses)
+            progress(_STEP, count / len(placed))
+
+    @torch.no_grad()
+    def together(self, change: Change) -> Together:
+        """All of a change at once; it may be of any blocks, or of nothing.
+
+        Its weights are made block by block.
+        """
+        runs = self._float_runs()
+        values: list[dict[str, Tensor]] = [{} for _ in runs]
+        for place, block in enumerate(self._blocks):
+            weights = change.tensors(_constants(block))
+            for run, made in zip(runs, values, strict=True):
+                made.update(run.quantized(place, made, change, weights))
+        found = [
+            run.compared(made.pop(self._logits), feeds["input_ids"])
+            for run, made, feeds in zip(runs, values, self._batches, strict=True)
+        ]
+        count = len(found)
+        return Together(
+            sum(item.divergence for item in found) / count, sum(item.nll for item in found) / count
+        )
+
+    def _float_runs(self) -> list[_FloatRun]:
+        if not self._runs:
+            executors = [TorchExecutor(block.nodes) for block in self._blocks]
+            self._runs = [
+                _FloatRun.of(self._blocks, executors, feeds, self._logits, self._stride)
+                for feeds in self._batches
+            ]
+        return self._runs
+
+
+def _constants(block: Segment) -> set[str]:
+    """Names of initializers that a block takes."""
+    return {
+        name_of(v) for n in block.nodes for v in n.inputs if v is not None and v.is_initializer()
+    }
 
 
 def _placed(blocks: Sequence[Segment], changes: Sequence[Change]) -> list[tuple[int, Change]]:
     """Changes and the first block that each is in, in the order of blocks."""
     made = [{name_of(v) for n in block.nodes for v in n.outputs if v.name} for block in blocks]
-    taken = [
-        {name_of(v) for n in block.nodes for v in n.inputs if v is not None and v.is_initializer()}
-        for block in blocks
-    ]
+    taken = [_constants(block) for block in blocks]
     found: list[tuple[int, Change]] = []
     for change in changes:
         places = [
@@ -155,7 +219,7 @@ class _FloatRun:
         executors: of each.
         crossing: what each takes, by name.
         logits: name of the output.
-        stride: see ``measure_losses``.
+        stride: see ``LossMeter``.
     """
 
     def __init__(
@@ -170,7 +234,8 @@ class _FloatRun:
         self._logits = logits
         self._stride = stride
         self._handed: dict[int, dict[str, Tensor]] = {}
-        self._log_likely: Tensor | None = None
+        self._float_likely: Tensor | None = None
+        self._acts_on_rows = _acts_on_rows(blocks[-1])
 
     @classmethod
     def of(
@@ -189,7 +254,6 @@ class _FloatRun:
                 crossing.append(taken)
                 if block.hands_on:
                     values |= executor.run(taken, [name_of(v) for v in block.hands_on])
-        stride = stride if _acts_on_rows(blocks[-1]) else 1
         return cls(blocks, executors, crossing, logits, stride)
 
     @torch.no_grad()
@@ -199,8 +263,6 @@ class _FloatRun:
             return self._local(index, change, weights, measure)
         if measure is Measure.BLOCK:
             return self._of_block(index, change, weights)
-        if self._log_likely is None:
-            self._log_likely = self._distribution(self._crossing[-1])
         values: dict[str, Tensor] = {}
         last = len(self._blocks) - 1
         for place in range(index, last):
@@ -208,8 +270,26 @@ class _FloatRun:
             options = (weights, change.transform) if place == index else ()
             values |= self._run(place, taken, *options)
         options = (weights, change.transform) if index == last else ()
-        found = self._distribution(self._taken(last, values), *options)
-        likely = self._log_likely
+        return self._divergence(self._distribution(self._taken(last, values), *options))
+
+    def quantized(
+        self, place: int, values: Tensors, change: Change, weights: Tensors
+    ) -> dict[str, Tensor]:
+        """What a block hands on, quantized, from what those before it handed on so."""
+        return self._run(place, self._taken(place, values), weights, change.transform)
+
+    def compared(self, logits: Tensor, tokens: Array) -> Together:
+        """Logits of all positions with the float model's, and with the tokens that came."""
+        found = self._likely(logits)
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return Together(self._divergence(found), float(nll))
+
+    def _divergence(self, found: Tensor) -> float:
+        """KL of log-likelihoods from the float model's, mean over positions, nats."""
+        if self._float_likely is None:
+            self._float_likely = self._distribution(self._crossing[-1])
+        likely = self._float_likely
         divergence = torch.sum(likely.exp() * (likely - found), dim=-1)
         return max(float(divergence.mean()), 0.0)
 
@@ -231,12 +311,20 @@ class _FloatRun:
         self, taken: Tensors, weights: Tensors = _NOTHING, transform: Transform | None = None
     ) -> Tensor:
         """Logarithms of what is likely next, shape (positions, vocabulary)."""
-        rows = slice(self._stride - 1, None, self._stride)
-        some = {
-            name: value[:, rows] if self._stride > 1 else value for name, value in taken.items()
-        }
+        if not self._acts_on_rows:
+            return self._likely(self._run(-1, taken, weights, transform)[self._logits])
+        some = {name: value[:, self._rows] for name, value in taken.items()}
         logits = self._run(-1, some, weights, transform)[self._logits]
         return torch.log_softmax(logits.flatten(0, -2), dim=-1)
+
+    def _likely(self, logits: Tensor) -> Tensor:
+        """As ``_distribution``, of logits of all positions."""
+        return torch.log_softmax(logits[:, self._rows].flatten(0, -2), dim=-1)
+
+    @property
+    def _rows(self) -> slice:
+        """Positions that are looked at."""
+        return slice(self._stride - 1, None, self._stride)
 
     def _of_block(self, index: int, change: Change, weights: Tensors) -> float:
         taken = self._crossing[index]

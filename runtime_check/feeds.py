@@ -48,6 +48,23 @@ class FirstRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class LastRuns:
+    """The last few of another source's runs.
+
+    Attributes:
+        source: of all runs.
+        count: how many at most, 1 or more.
+    """
+
+    source: FeedSource
+    count: int
+
+    def feeds(self, inputs: Sequence[ir.Value]) -> list[Feeds]:
+        """See ``FeedSource``."""
+        return self.source.feeds(inputs)[-self.count :]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenWindows:
     """Token ids for a language model.
 

@@ -78,7 +78,7 @@ def encode_missing(
         for value in node.outputs
         if name_of(value) in plan and name_of(value) not in table and not is_layout_copy(value)
     }
-    make = _observers(compilation, method)
+    make = observer_maker(compilation, method)
     silent: list[str] = []
     for value in graph.inputs:
         name = name_of(value)
@@ -104,8 +104,8 @@ def encode_missing(
     return [name for name in table if name not in before]
 
 
-def _observers(compilation: Compilation, method: RangeMethod) -> Callable[[str], Observer]:
-    """What makes the observer of a value."""
+def observer_maker(compilation: Compilation, method: RangeMethod) -> Callable[[str], Observer]:
+    """What makes the observer of a value, by its name."""
     graph = compilation.graph
     normalized = {name_of(v) for node in graph for v in normalized_inputs(node)}
     rotated = _rotated_inputs(compilation.model)
@@ -187,10 +187,19 @@ def _row_energy(linear: Linear) -> Weights:
 
 
 def _encode(name: str, observer: Observer, compilation: Compilation) -> None:
+    spec = compilation.bit_plan[name]
+    compilation.encodings[name] = encoding_of(name, observer, spec)
+
+
+def encoding_of(name: str, observer: Observer, spec: QuantSpec) -> Encoding:
+    """The encoding of what was observed.
+
+    Raises:
+        DiagnosticError: QN304 it was NaN or infinite.
+    """
     if not observer.finite:
         raise DiagnosticError(NonFiniteActivation(name).at(value=name))
-    spec = compilation.bit_plan[name]
-    compilation.encodings[name] = Encoding.from_range(spec, *observer.value_range(spec))
+    return Encoding.from_range(spec, *observer.value_range(spec))
 
 
 def encode_constants(compilation: Compilation, method: RangeMethod) -> None:

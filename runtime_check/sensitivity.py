@@ -8,11 +8,10 @@ from math import floor
 import numpy as np
 import onnx_ir as ir
 
-from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.compiler.quant_types import Encoding, QuantSpec
-from qnpu.compiler.rules import NonFiniteActivation
 from qnpu.runtime_check.observer import Observer, RangeMethod
+from qnpu.runtime_check.range_measuring import encoding_of
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds
 
@@ -58,7 +57,7 @@ def relative_errors(
             observers[name].look(array)
         done += 1
         progress(_STEP, done / steps)
-    encodings = {name: _encoding(name, observers[name], spec) for name in names}
+    encodings = {name: encoding_of(name, observers[name], spec) for name in names}
     sums = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
     for step in SegmentRunner(model, batches, segment_bytes).stream(set(names)):
@@ -69,12 +68,6 @@ def relative_errors(
         progress(_STEP, done / steps)
     progress(_STEP, 1.0)
     return {name: sums[name] / max(counts[name], 1) for name in names}
-
-
-def _encoding(name: str, observer: Observer, spec: QuantSpec) -> Encoding:
-    if not observer.finite:
-        raise DiagnosticError(NonFiniteActivation(name).at(value=name))
-    return Encoding.from_range(spec, *observer.value_range(spec))
 
 
 def _error_sum(array: Array, encoding: Encoding) -> float:

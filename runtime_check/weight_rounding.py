@@ -39,9 +39,9 @@ class RoundingOptions:
         sweeps: passes of coordinate descent.
     """
 
-    nearest: bool
-    damping: float
-    sweeps: int
+    nearest: bool = False
+    damping: float = 0.01
+    sweeps: int = 2
 
 
 def round_linears(

@@ -14,7 +14,7 @@ from torch import Tensor
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import as_linear
 from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
-from qnpu.runtime_check.bit_losses import Change, Measure, measure_losses
+from qnpu.runtime_check.bit_losses import Change, LossMeter, Measure
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.torch_executor import TorchExecutor, feed_tensors
 from tests.decoders import LENGTH, canonical
@@ -74,7 +74,7 @@ def losses(
 ) -> tuple[list[Change], Mapping[str, float]]:
     model = model_of(architecture)
     changes = changes_of(architecture, bits)
-    found = dict(measure_losses(model, batches(model), changes, measure, stride=stride))
+    found = dict(LossMeter(model, batches(model), stride=stride).each(changes, measure))
     assert set(found) == {change.name for change in changes}
     return changes, found
 
@@ -155,4 +155,36 @@ def test_a_change_of_nothing() -> None:
     model = model_of("llama")
     change = Change("lost", weights={"no such weight": lambda: torch.zeros(1)})
     with pytest.raises(ValueError, match="lost"):
-        list(measure_losses(model, batches(model), [change], Measure.KL))
+        list(LossMeter(model, batches(model)).each([change], Measure.KL))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_many_changes_at_once(architecture: str) -> None:
+    """As the whole graph gives it, run at once with all of them."""
+    model = model_of(architecture)
+    changes, _ = losses(architecture, 4, Measure.KL)
+    both = Change(
+        "both",
+        {name: item for change in changes[::2] for name, item in change.activations.items()},
+        {name: item for change in changes[::2] for name, item in change.weights.items()},
+    )
+    assert both.weights
+    found = LossMeter(model, batches(model), stride=2).together(both)
+    divergences, nlls = [], []
+    exact = values(model, ["logits"])
+    made = values(model, ["logits"], weights=both.tensors(), transform=both.transform)
+    for before, after, feeds in zip(exact, made, batches(model), strict=True):
+        p, q = (torch.log_softmax(item["logits"][0], -1) for item in (before, after))
+        divergences.append(float((p.exp() * (p - q)).sum(-1)[1::2].mean()))
+        ids = torch.from_numpy(feeds["input_ids"][0, 1:]).long()
+        nlls.append(float(-q[:-1].gather(1, ids[:, None]).mean()))
+    assert found.divergence == pytest.approx(np.mean(divergences), rel=1e-3)
+    assert found.nll == pytest.approx(np.mean(nlls), rel=1e-5)
+    assert found.divergence > 1e-5
+
+
+def test_nothing_changed_loses_nothing() -> None:
+    model = model_of("llama")
+    found = LossMeter(model, batches(model)).together(Change("nothing"))
+    assert found.divergence == pytest.approx(0, abs=1e-9)
+    assert found.nll > 1
