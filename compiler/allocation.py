@@ -175,7 +175,7 @@ class Allocation:
         bound: no plan within the budget has less of what was to be least; None: not proven.
         gap: how far the plan may be from the best, (value - bound) / value; None: not proven.
         seconds: that it took.
-        method: ``exact``, ``greedy``, ``top-share``, ``uniform`` or ``given``.
+        method: ``exact``, ``greedy``, ``top-share``, ``uniform`` or ``priced``.
     """
 
     chosen: Mapping[str, str]
@@ -310,7 +310,7 @@ def uniform(problem: Problem, *names: str) -> Allocation:
     return _by_name(problem, chosen, "uniform", started)
 
 
-def given(problem: Problem, chosen: Mapping[str, str]) -> Allocation:
+def priced(problem: Problem, chosen: Mapping[str, str]) -> Allocation:
     """A plan that came from elsewhere, with its loss and costs.
 
     Args:
@@ -323,7 +323,7 @@ def given(problem: Problem, chosen: Mapping[str, str]) -> Allocation:
     for item in problem.items:
         if item.name not in chosen:
             raise ValueError(f"nothing is chosen for item {item.name!r}")
-    return _by_name(problem, chosen, "given", perf_counter())
+    return _by_name(problem, chosen, "priced", perf_counter())
 
 
 def pareto(problem: Problem, unit: str, points: int) -> list[Allocation]:

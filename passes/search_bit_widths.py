@@ -161,7 +161,7 @@ class SearchBitWidths(Pass):
         )
 
         def measured(label: str, plan: Plan) -> MeasuredPlan:
-            summed, found = allocation.given(problem, plan), losses.of_plan(plan)
+            summed, found = allocation.priced(problem, plan), losses.of_plan(plan)
             costs = summed.costs[LATENCY], summed.costs[SIZE]
             return MeasuredPlan(label, *costs, summed.loss, found.divergence, exp(found.nll))
 

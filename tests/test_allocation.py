@@ -24,6 +24,7 @@ from qnpu.compiler.allocation import (
     Problem,
     greedy,
     pareto,
+    priced,
     repaired,
     solve,
     top_share,
@@ -208,6 +209,15 @@ def test_the_least_cost_at_a_limit_of_the_loss() -> None:
     problem = Problem([item("x", (4, 1), (1, 2)), item("y", (5, 1), (0, 7))], {LOSS: 1.0})
     found = [letters(solve(problem, Budget({LOSS: loss}, "size"))) for loss in (10, 9, 7, 6, 5, 2)]
     assert found == ["aa", "ba", "ba", "ab", "ab", "bb"]
+
+
+def test_a_plan_from_elsewhere() -> None:
+    problem = Problem([item("x", (4, 1), (1, 2)), item("y", (5, 1), (0, 7))], {"size": 10.0})
+    found = priced(problem, {"y": "a", "x": "b"})
+    assert (found.loss, found.costs, found.method) == (6.0, {"size": 13.0}, "priced")
+    for chosen in ({"x": "a"}, {"x": "a", "y": "c"}):
+        with pytest.raises(ValueError, match="'y'"):
+            priced(problem, chosen)
 
 
 def test_an_infeasible_budget_names_the_nearest() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qnpu.compiler.allocation import given
+from qnpu.compiler.allocation import priced
 from qnpu.compiler.bit_choices import LinearBits
 from qnpu.compiler.bit_items import HEAD, find_items
 from qnpu.compiler.bit_options import BitOptions, Option, cache_key, group_key
@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_whole_model(scheme: str) -> None:
     options = options_of()
     plan = options.by_scheme(Scheme.parse(scheme))
     assert plan is not None
-    whole = given(options.problem(nothing), plan)
+    whole = priced(options.problem(nothing), plan)
     model = CostModel.of(load_target(TARGET))
     choices = options.choices(plan)
     expected = model.total(options.items.shape, choices.linears, 8, WORKLOAD)

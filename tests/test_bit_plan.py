@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qnpu.compiler.bit_plan import SCHEMES, BitPlan, Scheme, spec_to_json
+from qnpu.compiler.bit_plan import AUTO, SCHEMES, BitPlan, Scheme, spec_to_json
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.quant_types import PerChannel, QuantSpec
 
@@ -29,6 +29,12 @@ def test_schemes(name: str, weight: int, taken: int, made: int) -> None:
     assert (scheme.other_bits, scheme.kv_bits, scheme.head_bits) == (16, 8, 8)
     assert (scheme.query_bits, scheme.logits_bits) == (16, 16)
     assert name in SCHEMES
+
+
+def test_under_auto_nothing_is_narrow_that_was_not_chosen() -> None:
+    scheme = Scheme.parse(AUTO)
+    assert (scheme.name, scheme.weight_bits, scheme.input_bits) == ("auto", 8, 16)
+    assert scheme.head_input_bits == 16
 
 
 @pytest.mark.parametrize("name", ["", "w3a8", "w8", "W8A8", "w8a8 ", "w08a8", "w8a32", "w8a4"])

@@ -77,6 +77,25 @@ def test_bytes_of_a_weight() -> None:
     assert model.linear_bytes(LinearShape("w", 1, 1), BlockBits(4, 16, 16)) == 5
 
 
+def test_pairs_that_a_profile_lists() -> None:
+    model = chip()
+    assert [(w, i) for w in (4, 8, 16) for i in (4, 8, 16) if model.has(w, i)] == [
+        (4, 8),
+        (4, 16),
+        (8, 8),
+        (8, 16),
+        (16, 16),
+    ]
+
+
+def test_bytes_of_a_cache_and_of_a_table() -> None:
+    """Of the longest run: 5 prompt tokens and 2 more."""
+    model = chip()
+    assert model.cache_bytes(SMALL, 8, Workload(5, 2, chunk=4)) == 8 * 2 * 16
+    assert model.cache_bytes(SMALL, 16, Workload(5, 3, chunk=4)) == 8 * 2 * 16 * 2
+    assert model.embedding_bytes(SMALL) == 200 * 64 * 2
+
+
 def test_the_slower_of_reading_and_computing() -> None:
     model = chip()
     reading = (40 * 30 + 120) / 1000

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.runtime_check.feeds import ArraySamples, FeedSource, TokenWindows
+from qnpu.runtime_check.feeds import ArraySamples, FeedSource, FirstRuns, LastRuns, TokenWindows
 from tests.conftest import Array, normal, parse
 
 DECODER = """
@@ -35,6 +35,16 @@ def test_a_run_per_window() -> None:
     ]
     assert feeds[0]["input_ids"].dtype == np.int64
     assert feeds[0]["token_type_ids"].dtype == np.int32
+
+
+def test_the_first_and_the_last_runs() -> None:
+    windows = TokenWindows(np.arange(15).reshape(5, 3))
+    inputs = parse(DECODER).graph.inputs
+    whole = [run["input_ids"].tolist() for run in windows.feeds(inputs)]
+    for count in (1, 2, 9):
+        first, last = FirstRuns(windows, count), LastRuns(windows, count)
+        assert [run["input_ids"].tolist() for run in first.feeds(inputs)] == whole[:count]
+        assert [run["input_ids"].tolist() for run in last.feeds(inputs)] == whole[-count:]
 
 
 def test_windows_of_another_length() -> None:
