@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,34 @@ def run_command(command: Sequence[str]) -> dict[str, Any]:
         sys.exit(done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def kept(
+    folder: Path,
+    words: Sequence[str],
+    on: Mapping[str, object],
+    work: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """What was measured with some options on something: from its file, which is made if need be.
+
+    Args:
+        folder: of files.
+        words: options.
+        on: names of models and texts, without folders; numbers of windows.
+        work: measures.
+    """
+    file = _file_of(folder, words, on)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        measured = {"options": list(words), "on": dict(on)} | work()
+        file.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+    loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return loaded
+
+
+def _file_of(folder: Path, words: Sequence[str], on: Mapping[str, object]) -> Path:
+    key = json.dumps([*words, dict(on)])
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +157,7 @@ class Bench:
         return float(done["perplexity"])
 
     def _once(self, words: Sequence[str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        file = self._file(words)
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            measured = {"options": list(words), "on": self._names()} | work()
-            file.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
-        loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        return loaded
+        return kept(self._folder, words, self._names(), work)
 
     def _names(self) -> dict[str, object]:
         """What rows are measured on, without folders."""
@@ -143,8 +165,7 @@ class Bench:
         return {k: Path(v).name if k in _FILES else v for k, v in found.items()}
 
     def _file(self, words: Sequence[str]) -> Path:
-        key = json.dumps([*words, self._names()])
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        return _file_of(self._folder, words, self._names())
 
 
 _FILES = ("model", "calib", "text", "other")

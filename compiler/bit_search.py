@@ -73,7 +73,7 @@ class BitSearch:
         chosen: the plan that was taken.
         trials: plans measured for the budget, in order; ``chosen`` is one of them.
         front: of least loss at growing time, those that are better than every faster one.
-        others: plans by simple rules, to compare with.
+        others: plans to compare with: those of schemes, the paper's, the greedy one.
     """
 
     target: str

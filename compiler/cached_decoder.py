@@ -25,6 +25,7 @@ from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import io_encodings
 from qnpu.compiler.integer_model import PARITY_NAME, lower_model, parity_writers
+from qnpu.compiler.modelled_cost import modelled_cost
 from qnpu.compiler.output import Writer, write_json, write_outputs
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, no_progress, run_passes
 from qnpu.compiler.pipeline import (
@@ -195,6 +196,12 @@ def _compile_prefill(
         legalized=compilation.legalized,
         learning=compilation.learning,
         bit_search=compilation.bit_search,
+        cost=modelled_cost(
+            snapshots[UnifyEncodings.name],
+            compilation.bit_plan.choices,
+            compilation.target,
+            config.workload,
+        ),
     )
 
 

@@ -649,6 +649,7 @@ def _summary(
         "perplexity": {name: value.value for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
         "parity": report["parity"],
+        "cost": report["cost"],
         "search": _brief(report["search"]),
         "evaluation": report["evaluation"],
         "calibration": report["calibration"],
@@ -669,6 +670,7 @@ def _print_summary(name: str, scheme: str, summary: dict[str, Any]) -> None:
         table.add_row("quantized / float", f"{ratio:.4f}")
         table.add_row("measured on", summary["evaluation"])
     _add_parity(table, summary["parity"])
+    _add_cost(table, summary["cost"])
     _add_search(table, summary["search"])
     table.add_row("calibrated on", summary["calibration"])
     table.add_row("float graph against source", f"{summary['source_error']:.1e} of max |output|")
@@ -689,16 +691,23 @@ def _brief(search: dict[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in search.items() if k != "tensors"} if search is not None else None
 
 
+def _add_cost(table: Table, cost: dict[str, Any] | None) -> None:
+    """Time and size on the target, where its profile has figures."""
+    if cost is None:
+        return
+    parts = f"prefill {cost['prefill_s'] * 1e3:.4g}, decode {cost['decode_s'] * 1e3:.4g}"
+    where = f"{cost['workload']} tokens on {cost['target']}"
+    table.add_row("latency, modelled", f"{cost['seconds'] * 1e3:.4g} ms ({parts}), {where}")
+    table.add_row("weights and caches", f"{cost['bytes'] / 1e6:.4g} MB")
+
+
 def _add_search(table: Table, search: dict[str, Any] | None) -> None:
-    """The plan that a search chose; times are modelled."""
+    """The plan that a search chose."""
     if search is None:
         return
-    chosen = search["chosen"]
-    where = f"{search['workload']} tokens on {search['target']}"
-    table.add_row("latency, modelled", f"{chosen['seconds'] * 1e3:.4g} ms for {where}")
-    table.add_row("weights and caches", f"{chosen['bytes'] / 1e6:.4g} MB")
+    chosen, count = search["chosen"], len(search["trials"])
     loss = f"{chosen['expected']:.4g} expected, {chosen['measured']:.4g} measured"
-    table.add_row("loss, nats per token", f"{loss}, {len(search['trials'])} plans tried")
+    table.add_row("loss, nats per token", f"{loss}; {count} plan{'s'[: count > 1]} tried")
     table.add_row("from the best sum", f"{search['gap']:.2g} at most, proven")
 
 

@@ -30,6 +30,7 @@ from qnpu.compiler.integer_model import (
     parity_summary,
     parity_writers,
 )
+from qnpu.compiler.modelled_cost import ModelledCost, modelled_cost
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -212,6 +213,7 @@ class CompileResult:
         legalized: what legalize-target did to which node.
         learning: losses that learning came to.
         bit_search: how bits were chosen; None where no search was made.
+        cost: what a workload takes on the target; None where that is not known.
         unprefixed_model: the graph just before a prefix went in, None where none did; shares its
             weights.
         integer_model: the QDQ graph on integers alone, None where it was not asked for; shares its
@@ -228,6 +230,7 @@ class CompileResult:
     legalized: list[Legalized] = field(default_factory=list)
     learning: list[LearningPoint] = field(default_factory=list)
     bit_search: BitSearch | None = None
+    cost: ModelledCost | None = None
     unprefixed_model: ir.Model | None = None
     integer_model: ir.Model | None = None
 
@@ -277,6 +280,12 @@ def compile_model(
         legalized=compilation.legalized,
         learning=compilation.learning,
         bit_search=compilation.bit_search,
+        cost=modelled_cost(
+            snapshots[UnifyEncodings.name],
+            compilation.bit_plan.choices,
+            compilation.target,
+            config.workload,
+        ),
         unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
         integer_model=lower_model(model, Cpu(config.cpu)) if config.integer else None,
     )
@@ -408,6 +417,7 @@ def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
         "source_error": checks.source_error,
         "prefix": prefix.to_json() if prefix is not None else None,
         "sensitivities": result.bit_plan.sensitivities,
+        "cost": result.cost.to_json() if result.cost is not None else None,
         "search": result.bit_search.to_json() if result.bit_search is not None else None,
         "learning": [asdict(point) for point in result.learning],
         "promoted": list(result.bit_plan.promoted),

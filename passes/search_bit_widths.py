@@ -168,6 +168,8 @@ class SearchBitWidths(Pass):
         best = repaired.best.allocation.chosen
         trials = [trial.allocation.chosen for trial in repaired.history]
         front = [plan.chosen for plan in allocation.pareto(problem, LATENCY, self.points)]
+        others = dict(_plain_plans(options, losses))
+        others["greedy"] = allocation.greedy(problem, budget).chosen
         found = BitSearch(
             target=compilation.target.id,
             workload=self.workload,
@@ -179,7 +181,7 @@ class SearchBitWidths(Pass):
             chosen=measured("chosen", best),
             trials=tuple(measured(f"trial {i}", plan) for i, plan in enumerate(trials, start=1)),
             front=unbeaten(measured(f"front {i}", plan) for i, plan in enumerate(front, start=1)),
-            others=tuple(measured(label, plan) for label, plan in _plain_plans(options, losses)),
+            others=tuple(measured(label, plan) for label, plan in others.items()),
         )
         return best, found
 
@@ -231,7 +233,7 @@ def _tensors(options: BitOptions, losses: TensorLosses, plan: Plan) -> Iterator[
 
 
 def _plain_plans(options: BitOptions, losses: TensorLosses) -> Iterator[tuple[str, Plan]]:
-    """Those of the schemes that the target has, and of ``w4a8`` with some down inputs promoted."""
+    """Those of the schemes that the target has, and the paper's: a few down inputs promoted."""
     for name in SCHEMES:
         plan = options.by_scheme(Scheme.parse(name))
         if plan is not None:
