@@ -81,43 +81,67 @@ def _round(
     table: EncodingTable,
     options: RoundingOptions,
 ) -> None:
-    moments: dict[str, Tensor] = {}
+    # Linears that share an input share H, and are rounded as one: a third fewer small products.
+    groups: dict[tuple[str, CodeRange], list[Linear]] = {}
     for node in segment.nodes:
         linear = linears.get(node)
         if linear is None or table.has_codes(name_of(linear.weight)):
             continue
-        source = name_of(linear.activation)
+        spec = table[name_of(linear.weight)].spec
+        key = name_of(linear.activation), CodeRange(spec.q_min, spec.q_max)
+        groups.setdefault(key, []).append(linear)
+    moments: dict[str, Tensor] = {}
+    for (source, codes), group in groups.items():
         if source not in moments:
             moments[source] = _moment([rows_of(batch[source]) for batch in batches])
-        _choose(linear, moments[source], table, options)
+        by_name = {name_of(linear.weight): linear for linear in group}  # a weight may be shared
+        _choose(list(by_name.values()), codes, moments[source], table, options)
 
 
-def _choose(linear: Linear, moment: Tensor, table: EncodingTable, options: RoundingOptions) -> None:
-    name = name_of(linear.weight)
-    array = constant_array(linear.weight)
-    if array is None:
-        return
-    spec = table[name].spec
-    rows = torch.from_numpy(np.moveaxis(array, linear.channel_axis, 0).astype(np.float32))
-    codes = CodeRange(spec.q_min, spec.q_max)
-    factor = snapped_factor(linear, table)
+def _choose(
+    linears: Sequence[Linear],
+    codes: CodeRange,
+    moment: Tensor,
+    table: EncodingTable,
+    options: RoundingOptions,
+) -> None:
+    parts = [_channels(linear) for linear in linears]
+    factors = [snapped_factor(linear, table) for linear in linears]
+    rows = torch.cat(parts)
     if options.nearest:
-        rounded = clip_weight(rows, moment, codes)
-        if factor is not None:
-            snapped = _on_grid(rounded.scale, factor)
-            nearest = codes.round(rows / snapped[:, None])
-            rounded = replace(rounded, scale=snapped, codes=nearest)
+        clipped = clip_weight(rows, moment, codes)
+        scale = _snapped(clipped.scale, parts, factors)
+        if not torch.equal(scale, clipped.scale):
+            clipped = replace(clipped, scale=scale, codes=codes.round(rows / scale[:, None]))
+        rounded = clipped
     else:
-        scales = likely_scales(rows, moment, codes)
-        if factor is not None:
-            scales = _on_grid(scales, factor)
+        scales = _snapped(likely_scales(rows, moment, codes), parts, factors)
         rounded = round_weight(
             rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
         )
-    scale = rounded.scale.numpy()
-    whole = np.moveaxis(rounded.codes.numpy(), 0, linear.channel_axis).astype(np.int8)
-    encoding = Encoding(spec, scale, np.zeros(scale.shape, np.int32))
-    table.choose_codes(name, encoding, np.ascontiguousarray(whole).astype(spec.code_dtype))
+    sizes = [len(part) for part in parts]
+    split = torch.split(rounded.scale, sizes), torch.split(rounded.codes, sizes)
+    for linear, scale, whole in zip(linears, *split, strict=True):
+        name = name_of(linear.weight)
+        spec = table[name].spec
+        found = np.moveaxis(whole.numpy(), 0, linear.channel_axis).astype(np.int8)
+        encoding = Encoding(spec, scale.numpy().copy(), np.zeros(len(scale), np.int32))
+        table.choose_codes(name, encoding, np.ascontiguousarray(found).astype(spec.code_dtype))
+
+
+def _channels(linear: Linear) -> Tensor:
+    """A linear's weight, float32, shape (channels, features)."""
+    array = constant_array(linear.weight)
+    if array is None:
+        raise ValueError(f"initializer {linear.weight.name} has no data")
+    return torch.from_numpy(np.moveaxis(array, linear.channel_axis, 0).astype(np.float32))
+
+
+def _snapped(scales: Tensor, parts: Sequence[Tensor], factors: Sequence[int | None]) -> Tensor:
+    """Scales of each part's channels, the last axis, on the part's grid where it has one."""
+    split = torch.split(scales, [len(part) for part in parts], dim=-1)
+    made = (s if t is None else _on_grid(s, t) for s, t in zip(split, factors, strict=True))
+    return torch.cat(list(made), dim=-1)
 
 
 def snapped_factor(linear: Linear, table: EncodingTable) -> int | None:
