@@ -27,7 +27,14 @@ from qnpu.compiler.integer_io import io_encodings
 from qnpu.compiler.integer_model import PARITY_NAME, lower_model, parity_writers
 from qnpu.compiler.modelled_cost import modelled_cost
 from qnpu.compiler.output import Writer, write_json, write_outputs
-from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, no_progress, run_passes
+from qnpu.compiler.pass_base import (
+    Compilation,
+    Pass,
+    ProgressCallback,
+    Stage,
+    no_progress,
+    run_passes,
+)
 from qnpu.compiler.pipeline import (
     BIT_PLAN_NAME,
     ENCODINGS_NAME,
@@ -41,6 +48,7 @@ from qnpu.compiler.pipeline import (
 from qnpu.compiler.rules import CacheInputMissing, GraphsDiffer, InvalidConfig
 from qnpu.compiler.shared_weights import WEIGHTS_NAME, SharedWeights
 from qnpu.compiler.target import load_target
+from qnpu.compiler.user_passes import load_passes
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.freeze_shapes import FreezeShapes
@@ -127,12 +135,15 @@ def compile_cached(
         second.bit_choices = result.bit_plan.choices
     passes = default_passes(config, calibration)
     (widths,) = [item for item in passes if isinstance(item, AssignBitWidths)]
+    own = load_passes(config.passes)
     decode_passes: list[Pass] = [
         *_float_passes(config, 1, calibration),
         widths,
+        *own[Stage.PLANNED],
         TakeEncodings(result.bit_plan, result.encodings, constants),
         InsertQdq(),
         LegalizeTarget(),
+        *own[Stage.QDQ],
     ]
     run_passes(decode_passes, second, after_pass=lambda done: verify_stage(second))
     _check_ties(result.model, second.model)

@@ -324,6 +324,14 @@ def _compile(
     keep_input: Annotated[
         list[str] | None, typer.Option(help="Input that must stay an input; may be repeated.")
     ] = None,
+    pass_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            help="A pass of your own, MODULE:CLASS[key=value, …] or the name of an entry point; "
+            "may be repeated.",
+        ),
+    ] = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Text for perplexity. Default: built-in text, other part.")
     ] = None,
@@ -398,6 +406,7 @@ def _compile(
         "cpu": cpu,
         "freeze_dims": _parse_dims(freeze_dim) if freeze_dim else None,
         "keep_inputs": tuple(keep_input) if keep_input else None,
+        "passes": tuple(pass_) if pass_ else None,
         "eval_text": eval_text,
         "eval_windows": eval_windows,
         "bos": bos,
@@ -835,6 +844,7 @@ qnpu-compile model.onnx --scheme auto --budget latency=250ms --target qnn-htp-v7
 qnpu-compile model.onnx --target qnn-htp-v75 --emit encodings-1.0.0,float
 qnpu-compile model.qdq.onnx --target qnn-htp-v75
 qnpu-compile smollm2-135m --scheme w8a8 --seq-len 128 --context 512 --out chat
+qnpu-compile model.onnx --pass "my_passes:Trim[share=0.1]"
 qnpu-compile model.onnx --explain-topology
 """,
 )

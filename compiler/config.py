@@ -90,6 +90,8 @@ class CompileConfig:
         eval_windows: windows to measure perplexity on; 0 for none.
         bos: where a BOS token goes: ``none``, ``stream`` (one in front), ``window`` (one in each),
             ``auto`` (``window`` where the tokenizer adds one).
+        passes: further passes, ``MODULE:CLASS[key=value, …]`` or names of entry points
+            (``qnpu.compiler.user_passes``).
         exporter: ``dynamo`` or ``optimum``, for models that are not ONNX yet.
         seed: of the rotations.
     """
@@ -138,6 +140,7 @@ class CompileConfig:
     eval_text: str = ""
     eval_windows: int = 4
     bos: str = "auto"
+    passes: tuple[str, ...] = ()
     exporter: str = "dynamo"
     seed: int = 0
 
@@ -302,7 +305,7 @@ def read_config(path: Traversable) -> dict[str, Any]:
         if key not in kinds:
             known = ", ".join(sorted(kinds))
             _fail(key, f"unknown key; known are {known}", str(path))
-        if key in ("keep_inputs", "online", "emit"):
+        if key in ("keep_inputs", "online", "emit", "passes"):
             if not isinstance(value, list) or not all(type(v) is str for v in value):
                 _fail(key, "must be a list of names", str(path))
             table[key] = tuple(value)

@@ -21,6 +21,7 @@ from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
+from qnpu.compiler.inputs import calibration_data
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import (
@@ -38,6 +39,7 @@ from qnpu.compiler.pass_base import (
     Legalized,
     Pass,
     ProgressCallback,
+    Stage,
     no_progress,
     run_passes,
 )
@@ -45,7 +47,9 @@ from qnpu.compiler.prefix import parse_prefix, prefix_of
 from qnpu.compiler.rotated_caches import rotated_caches, turn_caches
 from qnpu.compiler.target import load_target
 from qnpu.compiler.topology import DecoderTopology, discover
+from qnpu.compiler.user_passes import load_passes
 from qnpu.compiler.verify import verify_stage
+from qnpu.models.load import load_tokenizer
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.passes.canonicalize import Canonicalize
@@ -174,19 +178,24 @@ def default_passes(
         *(learning if config.learn != "none" and not turns else []),
         *(again if config.learn != "none" else []),
     ]
+    own = load_passes(config.passes)
     return [
         *canonical_passes(config),
         *(rotations if config.rotate else []),
         *(online if config.online else []),
         *(prefix if config.prefix != "none" else []),
+        *own[Stage.FLOAT],
         *(search if config.budget else []),
         AssignBitWidths(
             config.bits_by_role, config.promote, measured, progress, config.bit_choices
         ),
+        *own[Stage.PLANNED],
         *encodings,
+        *own[Stage.ENCODED],
         UnifyEncodings(),
         InsertQdq(),
         LegalizeTarget(),
+        *own[Stage.QDQ],
         *([LowerIo()] if config.integer_io else []),
     ]
 
@@ -238,7 +247,7 @@ class CompileResult:
 def compile_model(
     model: ir.Model,
     config: CompileConfig,
-    calibration: FeedSource,
+    calibration: FeedSource | None = None,
     progress: ProgressCallback = no_progress,
     record: LearningRecord | None = None,
     losses: LossRecord | None = None,
@@ -248,7 +257,8 @@ def compile_model(
     Args:
         model: as loaded.
         config: what to do.
-        calibration: data to measure, round and learn on.
+        calibration: data to measure, round and learn on; None: what ``config.calib`` and
+            ``config.tokenizer`` name.
         progress: called with a step's name and the fraction of it that is done.
         record: keeps what was learned so far, for a run that is killed.
         losses: keeps what a search for bits measured.
@@ -256,6 +266,9 @@ def compile_model(
     Raises:
         DiagnosticError: the graph, the data or the configuration does not allow it.
     """
+    if calibration is None:
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+        calibration, _ = calibration_data(config, tokenizer)
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
     passes = default_passes(config, calibration, progress, record, losses)

@@ -1569,6 +1569,37 @@ class NoDecoder(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class InvalidPass(Rule):
+    """What it checks
+        A pass that ``--pass`` names can be found and made, and stays within one stage.
+
+    Why it matters
+        Passes run in one ordered list; where a pass stands follows from the stage that it works on.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --pass "my_passes:Trim[share=0.1]"
+        ```
+
+    How to fix
+        Give ``MODULE:CLASS`` of a subclass of ``qnpu.compiler.pass_base.Pass`` that can be imported
+        (the working directory is looked into), or the name of an entry point of the group
+        ``qnpu.passes``; options as in TOML. Its ``consumes`` and ``produces`` are to be the same.
+    """
+
+    code: ClassVar[str] = "QN542"
+    name: ClassVar[str] = "invalid-pass"
+    spec: str
+    reason: str
+
+    def message(self) -> str:
+        return f"pass `{self.spec}` cannot be used: {self.reason}"
+
+    def help(self) -> str:
+        return "give MODULE:CLASS[key=value, …] of a subclass of qnpu.compiler.pass_base.Pass"
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffFailed(Rule):
     """What it checks
         The vendor's compiler makes the file that ``--emit`` asks for.

@@ -77,6 +77,7 @@ TRIGGERED_BY = {
     "QN521": "test_target_faults.py::test_a_model_that_is_too_large",
     "QN540": "test_bit_choices.py::test_faults",
     "QN541": "test_bit_items.py::test_what_is_no_decoder",
+    "QN542": "test_user_passes.py::test_what_is_no_pass",
     "QN590": "test_emit.py::test_a_graph_that_the_vendor_refuses",
     "QN901": "test_output.py::test_what_the_system_refuses",
     "QN902": "test_output.py::test_a_file_of_the_users_is_not_replaced",
