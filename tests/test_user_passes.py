@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import qnpu.compiler
 from qnpu.compiler import CompileConfig, Stage, compile_model
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import constant_array
-from qnpu.compiler.pipeline import default_passes
+from qnpu.compiler.pipeline import CompileResult, default_passes
 from qnpu.compiler.user_passes import load_pass, load_passes
+from qnpu.models.export import export_dynamo
+from qnpu.models.load import load_tokenizer, load_torch, resolve
 from qnpu.runtime_check.feeds import ArraySamples
 from tests.commands import BIN, call
 from tests.conftest import parse
@@ -74,6 +79,7 @@ GRAPH = """
     { y = MatMul(x, w) }
 """
 DATA = ArraySamples({"x": np.ones((2, 4), np.float32)})
+README = Path(__file__).parent.parent / "README.md"
 OURS = "qnpu.passes.canonicalize:Canonicalize"
 
 
@@ -94,8 +100,8 @@ def test_it_runs_with_its_options_where_its_stage_is(folder: Path) -> None:
     scales = []
     for result in (plain, found):
         name = next(n for n in result.model.graph.initializers if n.startswith("w_scale"))
-        scales.append(constant_array(result.model.graph.initializers[name]))
-    np.testing.assert_allclose(scales[1], 2 * np.asarray(scales[0]))
+        scales.append(np.asarray(constant_array(result.model.graph.initializers[name])))
+    np.testing.assert_allclose(scales[1], 2 * scales[0])
     assert found.rewrites["wider"] == 1
     names = [item.name for item in default_passes(config, DATA)]
     assert names[names.index("wider") + 1] == "unify-encodings"
@@ -134,6 +140,41 @@ def test_what_is_no_pass(spec: str, reason: str, folder: Path) -> None:
     assert caught.value.codes == ["QN542"]
     assert reason in caught.value.diagnostics[0].rule.message()
     assert sys.path == before
+
+
+def blocks_of_the_front_page() -> list[str]:
+    """Its Python."""
+    return re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+def test_the_pass_of_the_front_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in blocks_of_the_front_page() if "# my_passes.py" in block)
+    (tmp_path / "my_passes.py").write_text(code)
+    (spec,) = re.findall(r"--pass '(my_passes:[^']*)'", README.read_text("utf-8"))
+    for passes, said in ((spec, "0 Gemm"), ("my_passes:CountLinears", "1 MatMul")):
+        compile_model(parse(GRAPH), CompileConfig(passes=(passes,)), DATA)
+        assert said in capsys.readouterr().out
+    assert not ir.passes.Sequential(load_pass(spec))(parse(GRAPH)).modified
+
+
+def test_the_compiler_from_python_as_on_the_front_page(tmp_path: Path) -> None:
+    code = next(block for block in blocks_of_the_front_page() if "compile_model(load" in block)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tiny.onnx")
+        export_dynamo(load_torch(resolve("tiny")), path, sequence_length=16)
+        tokenizer = load_tokenizer(resolve("tiny"))
+        assert tokenizer is not None
+        tokenizer.save(Path(folder))
+        code = code.replace('calib="my.txt"', "seq_len=16").replace("my-model/", folder)
+        code = code.replace("model.onnx", str(path))
+        found: dict[str, object] = {}
+        exec(code, found)
+    result = found["result"]
+    assert isinstance(result, CompileResult)
+    assert any(node.op_type == "DequantizeLinear" for node in result.model.graph)
 
 
 def test_all_faults_are_told_at_once(folder: Path) -> None:
