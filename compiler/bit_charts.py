@@ -1,15 +1,12 @@
 """Charts of a search for bits, as SVG: its Pareto front, and a heat map of losses and bits.
 
-Matplotlib takes about a second to import, so functions import what they need of it. None of them
-uses pyplot, which keeps state.
+Matplotlib takes about a second to import, so functions import what they need of it.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 from pathlib import Path
@@ -18,7 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from qnpu.compiler.bit_search import BitSearch, MeasuredPlan, TensorBits
+from qnpu.compiler.chart_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    POINTS_PER_INCH,
+    VERMILION,
+    drawing,
+    save_svg,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,38 +34,13 @@ if TYPE_CHECKING:
     from matplotlib.path import Path as MplPath
     from matplotlib.transforms import Bbox
 
-# Kinds of plans by colours that most kinds of colour blindness tell apart (Okabe and Ito, 2008).
-_BLUE, _VERMILION, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#707070"
+    from qnpu.compiler.bit_search import BitSearch, MeasuredPlan, TensorBits
+
 _NO_LOSS = "#c8c8c8"
-_POINTS_PER_INCH = 72
-_STYLE = {
-    "axes.titlesize": 11,
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same sizes everywhere
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qnpu",
-    "text.parse_math": False,
-}
 
 Point = tuple[float, float]
 Points = npt.NDArray[np.float64]
 Colour = tuple[float, float, float, float]
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Settings for all that is drawn and saved inside, whatever the user's are."""
-    import matplotlib.style  # noqa: PLC0415
-
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # Text stays text: a glyph that this font lacks is for the viewer's fonts to have.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def _save(figure: Figure, path: Path, title: str, description: str) -> None:
-    metadata = {"Title": title, "Description": description, "Creator": "qnpu", "Date": None}
-    figure.savefig(path, format="svg", bbox_inches="tight", metadata=metadata)
 
 
 # ------------------------------------------------------------------------------------------ front
@@ -87,9 +68,9 @@ class _Kind:
 
 
 _KINDS = {
-    "chosen": _Kind("chosen plan", "*", 15, _VERMILION, 4),
-    "others": _Kind("by simple rules", "s", 6, _GREEN, 3),
-    "front": _Kind("Pareto front", "o", 5, _BLUE, 5),
+    "chosen": _Kind("chosen plan", "*", 15, VERMILION, 4),
+    "others": _Kind("by simple rules", "s", 6, GREEN, 3),
+    "front": _Kind("Pareto front", "o", 5, BLUE, 5),
 }
 
 
@@ -124,25 +105,31 @@ def write_front(search: BitSearch, path: Path) -> None:
         search: whose plans to draw.
         path: of the SVG file. The same search gives the same bytes.
     """
-    with _drawing():
-        ratio = search.chosen.perplexity / search.float_perplexity
-        description = (
-            f"Modelled latency on {search.target} against measured perplexity:"
-            f" {len(search.front)} plans of the front, {len(search.others)} by simple rules."
-            f" The chosen one takes {search.chosen.seconds:.4g} s for {search.workload} tokens,"
-            f" at {ratio:.4g} times the float perplexity."
-        )
-        _save(_front_figure(search), path, _front_title(search), description)
+    with drawing():
+        save_svg(front_figure(search), path, front_title(search), front_description(search))
 
 
-def _front_title(search: BitSearch) -> str:
+def front_description(search: BitSearch) -> str:
+    """What the chart shows, in words."""
+    ratio = search.chosen.perplexity / search.float_perplexity
+    return (
+        f"Modelled latency on {search.target} against measured perplexity:"
+        f" {len(search.front)} plans of the front, {len(search.others)} by simple rules."
+        f" The chosen one takes {search.chosen.seconds:.4g} s for {search.workload} tokens,"
+        f" at {ratio:.4g} times the float perplexity."
+    )
+
+
+def front_title(search: BitSearch) -> str:
+    """What the chart is called."""
     return f"Latency and perplexity by choice of bits: {search.target}"
 
 
-def _front_figure(search: BitSearch) -> Figure:
+def front_figure(search: BitSearch) -> Figure:
+    """The chart; see ``write_front``."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=_FRONT_SIZE, dpi=_POINTS_PER_INCH)
+    figure = Figure(figsize=_FRONT_SIZE, dpi=POINTS_PER_INCH)
     axes = figure.add_axes((0.1, 0.15, 0.85, 0.75))
     plans = {
         "chosen": [search.chosen],
@@ -164,14 +151,14 @@ def _front_figure(search: BitSearch) -> Figure:
     front = [marker for marker in markers if marker.kind == "front"]
     line = np.array([(item.x, item.y if item.to_scale else math.nan) for item in front])
     line = line.reshape(-1, 2)
-    axes.axhline(1, color=_GREY, linestyle="--", linewidth=1, zorder=1)
-    axes.plot(line[:, 0], line[:, 1], color=_BLUE, linewidth=1.5, gid="front", zorder=2)
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1, zorder=1)
+    axes.plot(line[:, 0], line[:, 1], color=BLUE, linewidth=1.5, gid="front", zorder=2)
     for marker in markers:
         _draw_marker(axes, marker)
     _draw_labels(axes, markers, line)
     axes.set_xlabel(f"latency in {unit}: modelled, {search.target}, {search.workload} tokens")
     axes.set_ylabel(f"perplexity relative to float ({search.float_perplexity:.4g}): measured")
-    axes.set_title(f"{_front_title(search)}\nbudget: {search.budget}", loc="left")
+    axes.set_title(f"{front_title(search)}\nbudget: {search.budget}", loc="left")
     _draw_legend(axes)
     return figure
 
@@ -214,7 +201,7 @@ def _set_perplexity_axis(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_major_locator(round_steps if few else LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(_plain)
-    axes.grid(color="#e0e0e0", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
@@ -268,7 +255,7 @@ def _draw_legend(axes: Axes) -> None:
         )
         for name, kind in _KINDS.items()
     ]
-    entries.append(Line2D([], [], linestyle="--", linewidth=1, color=_GREY, label="float"))
+    entries.append(Line2D([], [], linestyle="--", linewidth=1, color=GREY, label="float"))
     axes.legend(
         handles=entries,
         loc="upper center",
@@ -286,7 +273,7 @@ def _draw_labels(axes: Axes, markers: Sequence[_Marker], line: Points) -> None:
     room = _Room(np.concatenate([spots, *lines]), axes.bbox)
     for marker, spot in zip(markers, spots, strict=True):
         box = room.take(spot, _text_size(marker.label))
-        leader = {"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 4}
         axes.annotate(
             marker.label,
             (marker.x, marker.y),
@@ -400,28 +387,41 @@ def write_heat_map(search: BitSearch, path: Path) -> None:
         search: whose tensors to draw.
         path: of the SVG file. The same search gives the same bytes.
     """
-    with _drawing():
-        description = (
-            f"A table of {len(_rows(search.tensors))} layers with the bits chosen for each of"
-            f" {len(search.tensors)} tensors, coloured by what quantizing the tensor alone to the"
-            " fewest bits costs."
+    title = f"{heat_title(search.target)}\nbudget: {search.budget}"
+    title += f"; sensitivity: {search.sensitivity}"
+    with drawing():
+        save_svg(
+            heat_figure(search.tensors, title),
+            path,
+            heat_title(search.target),
+            heat_description(search.tensors),
         )
-        _save(_heat_figure(search), path, _heat_title(search), description)
 
 
-def _heat_title(search: BitSearch) -> str:
-    return f"Chosen bits and sensitivity of each tensor: {search.target}"
+def heat_title(target: str) -> str:
+    """What the chart is called."""
+    return f"Chosen bits and sensitivity of each tensor: {target}"
 
 
-def _heat_figure(search: BitSearch) -> Figure:
+def heat_description(tensors: Sequence[TensorBits]) -> str:
+    """What the chart shows, in words."""
+    return (
+        f"A table of {len(rows_of(tensors))} layers with the bits chosen for each of"
+        f" {len(tensors)} tensors, coloured by what quantizing the tensor alone to the"
+        " fewest bits costs."
+    )
+
+
+def heat_figure(tensors: Sequence[TensorBits], title: str) -> Figure:
+    """The chart, see ``write_heat_map``; where no loss was measured, colour goes with bits."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    rows = _rows(search.tensors)
+    rows = rows_of(tensors)
     columns = list(dict.fromkeys(chain(*rows.values())))
     # Sizes are in inches, so that cells look the same in any number; labels may lie outside, as
     # the file is cut to what is drawn.
     size = _CELL[0] * len(columns), _CELL[1] * len(rows)
-    figure = Figure(figsize=size, dpi=_POINTS_PER_INCH)
+    figure = Figure(figsize=size, dpi=POINTS_PER_INCH)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(rows), 0)
@@ -432,28 +432,27 @@ def _heat_figure(search: BitSearch) -> Figure:
         ha="left",
         rotation_mode="anchor",
     )
-    axes.set_yticks([index + 0.5 for index in range(len(rows))], _row_labels(rows))
+    axes.set_yticks([index + 0.5 for index in range(len(rows))], row_labels(rows))
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_ylabel("layer")
-    axes.set_title(
-        f"{_heat_title(search)}\nbudget: {search.budget}; sensitivity: {search.sensitivity}",
-        loc="left",
-        pad=10,
-    )
-    losses = [_sensitivity(tensor) for tensor in search.tensors]
+    axes.set_title(title, loc="left", pad=10)
+    losses = [_sensitivity(tensor) for tensor in tensors]
+    measured = any(tensor.losses for tensor in tensors)
     low, high = _decades(losses)
-    scale = _scale(low, high)
+    scale = _scale(low, high) if measured else _bit_scale()
     for index, row in enumerate(rows.values()):
         for role, tensor in row.items():
-            _draw_cell(axes, columns.index(role), index, tensor, scale)
-    bar = _draw_colour_bar(figure, scale, any(loss < low for loss in losses))
-    note = "" if all(map(math.isfinite, losses)) else "; grey: not finite"
-    bar.set_label(f"loss at the fewest bits, nats per token{note}")
+            amount = _sensitivity(tensor) if measured else tensor.bits
+            _draw_cell(axes, columns.index(role), index, tensor, _shade(scale, amount))
+    if measured:
+        bar = _draw_colour_bar(figure, scale, any(loss < low for loss in losses))
+        note = "" if all(map(math.isfinite, losses)) else "; grey: not finite"
+        bar.set_label(f"loss at the fewest bits, nats per token{note}")
     return figure
 
 
-def _rows(tensors: Sequence[TensorBits]) -> dict[int, dict[str, TensorBits]]:
+def rows_of(tensors: Sequence[TensorBits]) -> dict[int, dict[str, TensorBits]]:
     """Layer → column → tensor; a role's second tensor in a layer has a column of its own."""
     rows: dict[int, dict[str, TensorBits]] = {}
     for tensor in tensors:
@@ -467,7 +466,8 @@ def _column(role: str, taken: Container[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _row_labels(rows: Mapping[int, Mapping[str, TensorBits]]) -> list[str]:
+def row_labels(rows: Mapping[int, Mapping[str, TensorBits]]) -> list[str]:
+    """Numbers of layers from 0, and ``head``."""
     return ["head" if _HEAD_ROLES.issuperset(row) else str(layer) for layer, row in rows.items()]
 
 
@@ -492,14 +492,23 @@ def _scale(low: float, high: float) -> ScalarMappable:
     return ScalarMappable(LogNorm(low, high, clip=True), "viridis")
 
 
-def _draw_cell(
-    axes: Axes, column: int, row: int, tensor: TensorBits, scale: ScalarMappable
-) -> None:
+def _bit_scale() -> ScalarMappable:
+    """Bits as colours, few of them bright: there most is lost."""
+    from matplotlib.cm import ScalarMappable  # noqa: PLC0415
+    from matplotlib.colors import LogNorm  # noqa: PLC0415
+
+    return ScalarMappable(LogNorm(4, 16, clip=True), "viridis_r")
+
+
+def _shade(scale: ScalarMappable, amount: float) -> Colour:
     from matplotlib.colors import to_rgba  # noqa: PLC0415
+
+    return to_rgba(tuple(scale.to_rgba(np.array(amount))) if math.isfinite(amount) else _NO_LOSS)
+
+
+def _draw_cell(axes: Axes, column: int, row: int, tensor: TensorBits, shade: Colour) -> None:
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
-    loss = _sensitivity(tensor)
-    shade = to_rgba(tuple(scale.to_rgba(np.array(loss))) if math.isfinite(loss) else _NO_LOSS)
     gid = f"{row}-{column}"
     cell = Rectangle(
         (column, row), 1, 1, facecolor=shade, edgecolor="white", linewidth=1, gid=f"cell-{gid}"

@@ -195,11 +195,14 @@ def linear_role(linear: Linear) -> str:
 def _reached(value: ir.Value) -> Iterator[str]:
     """What lies behind a value, up to the next product."""
     for node in value.consumers():
+        linear = as_linear(node)
         if is_dynamic_matmul(node):
             for index, operand in enumerate(node.inputs):
                 if operand is value:
                     yield ("qk" if makes_scores(node) else "pv")[index]
-        elif as_linear(node) is not None:
+        elif linear is not None and is_online_rotation(linear):
+            yield from _reached(node.outputs[0])
+        elif linear is not None:
             yield "linear"
         elif normalized_inputs(node) and activations(node) == 1:
             yield from _reached(node.outputs[0])  # Qwen 3, Gemma 3: norms of queries and keys

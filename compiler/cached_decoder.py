@@ -44,6 +44,7 @@ from qnpu.compiler.pipeline import (
     default_passes,
     findings,
     make_report,
+    write_page,
 )
 from qnpu.compiler.rules import CacheInputMissing, GraphsDiffer, InvalidConfig
 from qnpu.compiler.shared_weights import WEIGHTS_NAME, SharedWeights
@@ -51,6 +52,7 @@ from qnpu.compiler.target import load_target
 from qnpu.compiler.user_passes import load_passes
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
+from qnpu.passes.canonicalize_mask import CanonicalizeMask
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.legalize_target import LegalizeTarget
@@ -187,7 +189,7 @@ def _compile_prefill(
 
     def after_pass(done: Pass) -> None:
         verify_stage(compilation)
-        if done.name in (ReturnNewEntries.name, UnifyEncodings.name):
+        if done.name in (ReturnNewEntries.name, CanonicalizeMask.name, UnifyEncodings.name):
             snapshots[done.name] = model.clone()
         if done.name == FreezeShapes.name:
             _check_lengths(model.graph, config.seq_len, config.context)
@@ -200,6 +202,7 @@ def _compile_prefill(
         model=model,
         float_model=snapshots[UnifyEncodings.name],
         source_model=snapshots[ReturnNewEntries.name],
+        canonical_model=snapshots[CanonicalizeMask.name],
         bit_plan=compilation.bit_plan,
         encodings=compilation.encodings,
         diagnostics=compilation.diagnostics,
@@ -257,7 +260,7 @@ def write_cached(
         **more,
     }
     report = make_report(result, about | findings(result, checks))
-    write_outputs(folder, writers, report)
+    write_outputs(folder, writers, report, write_page)
     return report
 
 

@@ -50,7 +50,7 @@ from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_mod
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import INTEGER_NAME, PARITY_NAME
-from qnpu.compiler.output import REPORT_NAME, Writer, check_folder, check_overwrite
+from qnpu.compiler.output import PAGE_NAME, REPORT_NAME, Writer, check_folder, check_overwrite
 from qnpu.compiler.pass_base import Compilation, ProgressCallback
 from qnpu.compiler.pipeline import (
     BIT_PLAN_NAME,
@@ -429,7 +429,7 @@ def _compile(
     more += [INTEGER_NAME, PARITY_NAME] * settings.integer
     charts = list(SEARCH_FILES) * bool(settings.budget)
     one = [MODEL_NAME, BIT_PLAN_NAME, ENCODINGS_NAME, *more]
-    check_overwrite(out, [*(FILES if settings.context else one), *charts, REPORT_NAME])
+    check_overwrite(out, [*(FILES if settings.context else one), *charts, PAGE_NAME, REPORT_NAME])
     times: dict[str, float] = {}
 
     with (

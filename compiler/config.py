@@ -105,7 +105,7 @@ class CompileConfig:
     budget: str = ""
     workload: str = DEFAULT_WORKLOAD
     sensitivity: str = "kl"
-    search_windows: int = 2
+    search_windows: int = 1
     losses: str = ""
     target: str = DEFAULT_TARGET
     emit: tuple[str, ...] = ()

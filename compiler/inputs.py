@@ -107,6 +107,16 @@ def calibration_data(config: CompileConfig, tokenizer: Tokenizer | None) -> tupl
     return source, description
 
 
+def named_data(config: CompileConfig) -> FeedSource:
+    """What to calibrate on, by the configuration alone: its ``calib`` and ``tokenizer``.
+
+    Raises:
+        DiagnosticError: as ``calibration_data``; QN102, QN113, QN114 the tokenizer.
+    """
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    return calibration_data(config, tokenizer)[0]
+
+
 def text_windows(
     text: str,
     split: Split,

@@ -21,13 +21,16 @@ import onnx_ir as ir
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.rules import CannotWrite, WouldOverwrite
 
-REPORT_NAME = "report.json"
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 _PROTOBUF_LIMIT = 2**31 - 2**20
 _CHUNK = 2**22
 _SCRATCH = ".qnpu-scratch-"
 
 Writer = Callable[[Path], None]
 """Writes one file, under the path given, and whatever belongs beside it."""
+
+Page = Callable[[Mapping[str, object], Path], None]
+"""Writes a file that tells what a report holds, under the path given."""
 
 
 def save_model(model: ir.Model, path: Path) -> None:
@@ -115,7 +118,12 @@ def _written_before(folder: Path) -> dict[str, str]:
         return {}
 
 
-def write_outputs(folder: Path, writers: Mapping[str, Writer], report: dict[str, object]) -> None:
+def write_outputs(
+    folder: Path,
+    writers: Mapping[str, Writer],
+    report: dict[str, object],
+    page: Page | None = None,
+) -> None:
     """Writes all files beside their final place, then renames them into it, the report last.
 
     On any failure, Ctrl-C included, the folder is left as it was. Adds ``outputs`` (size and hash
@@ -125,26 +133,34 @@ def write_outputs(folder: Path, writers: Mapping[str, Writer], report: dict[str,
         folder: made if absent.
         writers: file name → what writes it.
         report: becomes report.json.
+        page: writes report.html of it; None: there is none.
 
     Raises:
         DiagnosticError: QN901 no space, no permission, a read-only or missing parent; QN902.
     """
-    check_overwrite(folder, [*writers, REPORT_NAME])
+    check_overwrite(folder, [*writers, *([PAGE_NAME] if page else []), REPORT_NAME])
     with _reported(folder), _scratch_folder(folder) as scratch:
         for name, write in writers.items():
             write(scratch / name)
         files = sorted(path.name for path in scratch.iterdir())
         check_overwrite(folder, files)
-        report["outputs"] = {
-            name: {"bytes": (scratch / name).stat().st_size, "sha256": hash_file(scratch / name)}
-            for name in files
-        }
+        outputs = {name: _entry(scratch / name) for name in files}
+        report["outputs"] = outputs
+        if page is not None:  # it tells of all other files
+            page(report, scratch / PAGE_NAME)
+            files.append(PAGE_NAME)
+            outputs[PAGE_NAME] = _entry(scratch / PAGE_NAME)
         write_json(report, scratch / REPORT_NAME)
         for path in scratch.iterdir():
             _flush(path)
         with _signals_held():
             for name in [*files, REPORT_NAME]:
                 (scratch / name).replace(folder / name)
+
+
+def _entry(path: Path) -> dict[str, object]:
+    """What a report says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import control_flow
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
-from qnpu.compiler.inputs import calibration_data
+from qnpu.compiler.inputs import named_data
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import (
@@ -31,6 +31,7 @@ from qnpu.compiler.integer_model import (
     parity_summary,
     parity_writers,
 )
+from qnpu.compiler.layer_rows import bit_rows, layers_of_values
 from qnpu.compiler.modelled_cost import ModelledCost, modelled_cost
 from qnpu.compiler.output import Writer, save_model, write_json, write_outputs
 from qnpu.compiler.pass_base import (
@@ -49,7 +50,6 @@ from qnpu.compiler.target import load_target
 from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.user_passes import load_passes
 from qnpu.compiler.verify import verify_stage
-from qnpu.models.load import load_tokenizer
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.passes.canonicalize import Canonicalize
@@ -75,6 +75,7 @@ from qnpu.passes.snap_scales import SnapScales
 from qnpu.passes.unify_encodings import UnifyEncodings
 from qnpu.runtime_check.compare import TensorComparison, compare_graphs
 from qnpu.runtime_check.feeds import FeedSource, FirstRuns, LastRuns
+from qnpu.runtime_check.histograms import TensorHistogram, linear_inputs, tensor_histograms
 from qnpu.runtime_check.learning_record import LearningRecord
 from qnpu.runtime_check.loss_record import LossRecord
 from qnpu.runtime_check.observer import RangeMethod
@@ -215,6 +216,8 @@ class CompileResult:
         float_model: the graph just before Q/DQ pairs went in, which nothing was rewritten in for
             the target yet; shares its weights.
         source_model: the graph as loaded, with its shapes frozen; shares its weights.
+        canonical_model: the graph in the one form that later passes know, not rotated yet; shares
+            its weights.
         bit_plan: what each tensor was to be encoded as.
         encodings: scale and zero point of each of its tensors.
         diagnostics: notes and warnings.
@@ -232,6 +235,7 @@ class CompileResult:
     model: ir.Model
     float_model: ir.Model
     source_model: ir.Model
+    canonical_model: ir.Model
     bit_plan: BitPlan
     encodings: EncodingTable
     diagnostics: list[Diagnostic]
@@ -266,9 +270,7 @@ def compile_model(
     Raises:
         DiagnosticError: the graph, the data or the configuration does not allow it.
     """
-    if calibration is None:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-        calibration, _ = calibration_data(config, tokenizer)
+    calibration = calibration or named_data(config)
     compilation = Compilation(model, load_target(config.target))
     snapshots: dict[str, ir.Model] = {}
     passes = default_passes(config, calibration, progress, record, losses)
@@ -278,7 +280,8 @@ def compile_model(
 
     def after_pass(done: Pass) -> None:
         verify_stage(compilation)
-        if done.name in (FreezeShapes.name, UnifyEncodings.name, before_prefix):
+        kept = (FreezeShapes.name, CanonicalizeMask.name, UnifyEncodings.name, before_prefix)
+        if done.name in kept:
             snapshots[done.name] = model.clone()
 
     rewrites = run_passes(passes, compilation, after_pass=after_pass)
@@ -286,6 +289,7 @@ def compile_model(
         model=model,
         float_model=snapshots[UnifyEncodings.name],
         source_model=snapshots[FreezeShapes.name],
+        canonical_model=snapshots[CanonicalizeMask.name],
         bit_plan=compilation.bit_plan,
         encodings=compilation.encodings,
         diagnostics=compilation.diagnostics,
@@ -317,12 +321,14 @@ class CheckResult:
             graph that is no language model.
         parity: the integer graph against the QDQ graph, node by node, on the calibration batch;
             None where there is no such graph.
+        histograms: of some inputs of linears, before and after rotation, same batch.
     """
 
     tensors: list[TensorComparison]
     source_error: float
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     parity: ParityCertificate | None = None
+    histograms: list[TensorHistogram] = field(default_factory=list)
 
 
 def check_result(
@@ -357,7 +363,15 @@ def check_result(
     parity: ParityCertificate | None = None
     if result.integer_model is not None:
         parity = certify(qdq_model, result.integer_model, rotated, result.diagnostics, progress)
-    return CheckResult(tensors, source_error, perplexity, parity)
+    histograms = tensor_histograms(
+        result.canonical_model,
+        result.float_model,
+        [batch],
+        [rotated],
+        result.encodings,
+        linear_inputs(result.canonical_model, result.float_model),
+    )
+    return CheckResult(tensors, source_error, perplexity, parity, histograms)
 
 
 def _source_error(result: CompileResult, batch: Feeds) -> float:
@@ -425,6 +439,8 @@ def write_result(
 def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
     """What a report says of a compile and of what was measured on it."""
     prefix = prefix_of(result.float_model)
+    layers = layers_of_values(result.float_model)
+    bits = bit_rows(result.float_model, result.bit_plan.choices)
     return {
         "perplexity": {name: asdict(value) for name, value in checks.perplexity.items()},
         "source_error": checks.source_error,
@@ -434,9 +450,18 @@ def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
         "search": result.bit_search.to_json() if result.bit_search is not None else None,
         "learning": [asdict(point) for point in result.learning],
         "promoted": list(result.bit_plan.promoted),
-        "tensors": [asdict(tensor) for tensor in checks.tensors],
+        "tensors": [asdict(t) | {"layer": layers.get(t.name)} for t in checks.tensors],
+        "bits": [asdict(row) for row in bits],
+        "histograms": [item.to_json() for item in checks.histograms],
         "parity": parity_summary(checks.parity),
     }
+
+
+def write_page(report: Mapping[str, object], path: Path) -> None:
+    """Writes report.html; see ``qnpu.compiler.report_page``."""
+    from qnpu.compiler import report_page  # noqa: PLC0415  (imports a template engine)
+
+    report_page.write_page(report, path)
 
 
 class Rewritten(Protocol):
@@ -476,7 +501,7 @@ def write_files(
         **more,
     }
     report = make_report(result, about)
-    write_outputs(folder, writers, report)
+    write_outputs(folder, writers, report, write_page)
     return report
 
 

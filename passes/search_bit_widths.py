@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qnpu.runtime_check.tensor_losses import TensorLosses
 
 LOGITS = "logits"
-_STRIDE = 4
+_STRIDE = 2
 _PROMOTED = 0.1
 
 
@@ -142,7 +142,7 @@ class SearchBitWidths(Pass):
         arrays = [array for run in feeds for array in run.values()]
         constants = (constant_array(value) for value in graph.initializers.values())
         arrays += [array for array in constants if array is not None]
-        return fingerprint(self.method.value, *kinds, *nodes, arrays=arrays)
+        return fingerprint(self.method.value, str(_STRIDE), *kinds, *nodes, arrays=arrays)
 
     def _search(
         self,

@@ -128,6 +128,7 @@ class KindSummary:
         max_lsb: of the code that is farthest off.
         max_lsb_rounded: see ``TensorParity``, as ``ties``.
         passed: every tensor is within its limit.
+        histogram: codes that are 0, 1, 2, 3, 4 and more LSB off.
     """
 
     kind: str
@@ -138,6 +139,7 @@ class KindSummary:
     max_lsb_rounded: int
     ties: int
     passed: bool
+    histogram: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,7 @@ def _summary(kind: str, tensors: Sequence[TensorParity]) -> KindSummary:
         max_lsb_rounded=max(tensor.max_lsb_rounded for tensor in tensors),
         ties=sum(tensor.ties for tensor in tensors),
         passed=all(tensor.passed for tensor in tensors),
+        histogram=tuple(map(sum, zip(*(tensor.histogram for tensor in tensors), strict=True))),
     )
 
 

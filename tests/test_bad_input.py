@@ -26,7 +26,7 @@ from tests.commands import Done, call, finish, snapshot, start
 Shape = list[int | str]
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 WEIGHT = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
-OUTPUTS = ("model.qdq.onnx", "encodings.json", "bit_plan.json", "report.json")
+OUTPUTS = ("model.qdq.onnx", "encodings.json", "bit_plan.json", "report.html", "report.json")
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 

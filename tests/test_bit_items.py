@@ -7,7 +7,9 @@ import pytest
 from qnpu.compiler.bit_items import KEYS, VALUES, find_items
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.op_traits import as_linear
+from qnpu.compiler.pass_base import Compilation
 from qnpu.models.tiny_decoder import ARCHITECTURES
+from qnpu.passes.insert_hadamard import InsertHadamard
 from tests.conftest import parse
 from tests.decoders import canonical
 
@@ -49,6 +51,14 @@ def test_sizes_as_the_configuration_has_them(architecture: str) -> None:
     sizes = {item.role: (item.features, item.channels) for item in shape.linears}
     assert sizes["down"] == (INNER, HIDDEN)
     assert sizes["head"] == (HIDDEN, VOCABULARY)
+
+
+def test_online_rotations_are_looked_through_and_left_out() -> None:
+    model = canonical("llama")
+    before = [shape.role for shape in find_items(model).shape.linears]
+    added = InsertHadamard(("r3", "r4")).run(Compilation(model))
+    assert added
+    assert [shape.role for shape in find_items(model).shape.linears] == before
 
 
 def test_results_that_keep_their_own_bits() -> None:

@@ -51,12 +51,13 @@ def numbers(folder: Path) -> list[bytes]:
 def test_what_is_written_and_printed(home: Path) -> None:
     assert {path.name for path in (home / "out").iterdir()} == {
         *SAME,
+        "report.html",
         "report.json",
         "HANDOFF.md",
         ".qnpu-losses",
     }
     printed, report = read(home / "stdout.json"), read(home / "out" / "report.json")
-    assert set(report["outputs"]) == {*SAME, "HANDOFF.md"}
+    assert set(report["outputs"]) == {*SAME, "HANDOFF.md", "report.html"}
     chosen = printed["search"]["chosen"]
     assert printed["search"]["kind"] == "modelled"
     assert chosen == report["search"]["chosen"] == read(home / "out" / "pareto.json")["chosen"]

@@ -193,7 +193,12 @@ def test_files(tmp_path: Path) -> None:
     report = write_cached(tmp_path, decoder, checks, {"command": ["test"]}, more)
     written = {path.name for path in tmp_path.iterdir()}
     files = {*FILES} - {PARITY_NAME}  # these checks hold no certificate
-    assert written == files | {"tokenizer.json", "tokenizer_config.json", "report.json"}
+    assert written == files | {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "report.html",
+        "report.json",
+    }
     assert json.loads((tmp_path / "report.json").read_text())["command"] == ["test"]
     assert set(report["outputs"]) == written - {"report.json"}  # type: ignore[call-overload]
     weights = (tmp_path / FILES[0]).stat().st_size

@@ -21,7 +21,7 @@ from tests.commands import BIN, Done, call, snapshot
 from tests.test_bad_input import CALIBRATION, GOOD, graph, node, put
 
 COMMANDS = ("qnpu-compile", "qnpu-export", "qnpu-eval", "qnpu-check", "qnpu-run")
-OUTPUTS = {"model.qdq.onnx", "encodings.json", "bit_plan.json", "report.json"}
+OUTPUTS = {"model.qdq.onnx", "encodings.json", "bit_plan.json", "report.html", "report.json"}
 TOKENS = "16"
 TINY = ["tiny.onnx", "--seq-len", TOKENS, "--calib-windows", "2", "--eval-windows", "2", "--quiet"]
 

@@ -31,7 +31,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_compile_with_a_context(home: Path) -> None:
     files = {path.name for path in (home / "chat").iterdir()}
-    assert files == {*FILES, "tokenizer.json", "tokenizer_config.json", "report.json"}
+    assert files == {
+        *FILES,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "report.html",
+        "report.json",
+    }
     said = json.loads((home / "stdout.json").read_text())
     assert set(said["outputs"]) == files - {"report.json"}
     found = said["perplexity"]

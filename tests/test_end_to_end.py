@@ -290,7 +290,13 @@ def test_the_same_input_gives_the_same_bytes(export: Export, tmp_path: Path) -> 
         )
         written.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert written[0] == written[1]
-    assert set(written[0]) == {MODEL_NAME, "bit_plan.json", "encodings.json", "report.json"}
+    assert set(written[0]) == {
+        MODEL_NAME,
+        "bit_plan.json",
+        "encodings.json",
+        "report.html",
+        "report.json",
+    }
 
 
 def test_the_file_is_sound_onnx(compiled: Compile, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.conftest import normal, parse, run_model
 from tests.test_legalize_target import foreign_file
 from tests.test_lower_io import REAL
 
-FILES = {"model.qdq.onnx", "encodings.json", "report.json", "HANDOFF.md"}
+FILES = {"model.qdq.onnx", "encodings.json", "report.html", "report.json", "HANDOFF.md"}
 LSB = 4
 """Of the outputs' u16 codes: two second operands rounded to symmetric codes, one sigmoid to finer
 ones. 2 seen."""

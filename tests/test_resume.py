@@ -42,6 +42,7 @@ def test_what_was_learned_so_far_is_gone_once_it_is_written(whole: Path) -> None
         "model.qdq.onnx",
         "bit_plan.json",
         "encodings.json",
+        "report.html",
         "report.json",
     }
 
