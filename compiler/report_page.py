@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,7 +138,7 @@ def _figures(facts: Report) -> Iterator[KeyFigure]:
         if key in part(facts, "perplexity"):
             note = "measured"
             if key != "float" and value is not None and base:
-                note = f"{number(value / base)} times float; measured"
+                note = f"{_ratio(value / base)} times float; measured"
             yield KeyFigure(f"Perplexity, {label}", number(value), note)
     cost = part(facts, "cost")
     if cost:
@@ -161,13 +162,18 @@ def _perplexity(facts: Report, graph: str) -> float | None:
     return None if value is None else float(value)
 
 
+def _ratio(value: float) -> str:
+    """Of two perplexities, which are compared in the fourth decimal."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
 def _checks(facts: Report) -> Iterator[Check]:
     if "source_error" in facts:
         error = number(facts["source_error"], 2)
         yield Check("Float graph against the source", f"{error} of max |output|", "info")
     base, quantized = _perplexity(facts, "float"), _perplexity(facts, "qdq")
     if base and quantized is not None:
-        found = f"{number(quantized / base)} times the float one"
+        found = f"{_ratio(quantized / base)} times the float one"
         yield Check("Perplexity of the quantized graph", found, "info")
     else:
         yield Check("Perplexity of the quantized graph", "no text, or no language model", "none")
@@ -194,7 +200,7 @@ def _budget_checks(facts: Report) -> Iterator[Check]:
     found: dict[str, tuple[float | None, Callable[[Any], str], str]] = {
         LATENCY: (chosen["seconds"], duration, "modelled"),
         SIZE: (chosen["bytes"], size, "modelled"),
-        PERPLEXITY: (ratio, number, "times float, in the search"),
+        PERPLEXITY: (ratio, _ratio, "times float, in the search"),
     }
     for name, limit in limits.items():
         value, shown, how = found[name]
