@@ -253,7 +253,7 @@ def test_headline(whole: Item) -> None:
     }
     assert figures["Perplexity, float"] == f"{FLOAT:g} measured"
     assert figures["Perplexity, quantized"] == f"{QUANTIZED:g} 1.0500 times float; measured"
-    assert figures["Perplexity, on integers"].startswith("21.5 1.075 times")
+    assert figures["Perplexity, on integers"].startswith("21.5 1.0750 times")
     assert figures["Latency"].startswith("270 µs prefill 250 µs, decode 20 µs, 512/64 tokens")
     assert figures["Latency"].endswith("modelled")
     assert figures["Weights and caches"] == "1.5 MB on the target; modelled"
