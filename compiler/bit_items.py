@@ -121,17 +121,29 @@ class BitItems:
 
 
 def find_items(model: ir.Model) -> BitItems:
+    """As ``items_of``, of a graph that has to be a decoder.
+
+    Raises:
+        DiagnosticError: QN541 it is none whose attention is understood.
+    """
+    items = items_of(model)
+    if items is None:
+        raise DiagnosticError(NoDecoder().at())
+    return items
+
+
+def items_of(model: ir.Model) -> BitItems | None:
     """What of a canonical float graph may have bits of its own.
 
     Online rotations, and linears over anything but the last axis, are left out: they have what
     their role says. A weight that several linears take is listed with the first.
 
-    Raises:
-        DiagnosticError: QN541 the graph is no decoder whose attention is understood.
+    Returns:
+        None for a graph that is no decoder whose attention is understood.
     """
     topology = discover(model.graph)
     if topology is None or not topology.value_paths:
-        raise DiagnosticError(NoDecoder().at())
+        return None
     blocks = cut_blocks(model.graph)
     groups = tuple(_groups(model, blocks))
     caches = tuple(

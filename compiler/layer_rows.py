@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qnpu.compiler.bit_choices import BitChoices
-from qnpu.compiler.bit_items import find_items
+from qnpu.compiler.bit_items import BitItems, items_of
 from qnpu.compiler.bit_search import TensorBits
-from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import name_of
-from qnpu.compiler.rules import NoDecoder
 from qnpu.compiler.topology import discover
 from qnpu.runtime_check.blocks import cut_blocks
 
@@ -29,16 +27,11 @@ def bit_rows(model: ir.Model, choices: BitChoices) -> tuple[TensorBits, ...]:
     Returns:
         In graph order; none for a graph that is no decoder that is understood.
     """
-    try:
-        return tuple(_rows(model, choices))
-    except DiagnosticError as error:
-        if error.codes == [NoDecoder.code]:
-            return ()
-        raise
+    items = items_of(model)
+    return tuple(_rows(items, choices)) if items is not None else ()
 
 
-def _rows(model: ir.Model, choices: BitChoices) -> Iterator[TensorBits]:
-    items = find_items(model)
+def _rows(items: BitItems, choices: BitChoices) -> Iterator[TensorBits]:
     for group in items.groups:
         linears = [item.shape for item in group.linears if item.shape.name in choices.linears]
         if linears:

@@ -8,10 +8,10 @@ import onnx_ir as ir
 
 from qnpu.compiler.bit_budget import parse_workload
 from qnpu.compiler.bit_choices import BitChoices
-from qnpu.compiler.bit_items import BitItems, find_items
+from qnpu.compiler.bit_items import BitItems, items_of
 from qnpu.compiler.cost_model import CostModel, Workload
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.rules import NoCostModel, NoDecoder
+from qnpu.compiler.rules import NoCostModel
 from qnpu.compiler.target import TargetProfile
 
 
@@ -58,14 +58,16 @@ def modelled_cost(
         None where the profile has no figures for the target or for some bits, or the graph is no
         decoder that is understood.
     """
-    tokens = parse_workload(workload)
+    tokens, items = parse_workload(workload), items_of(model)
+    if items is None:
+        return None
     try:
-        cost, items = CostModel.of(target), find_items(model)
+        cost = CostModel.of(target)
         whole = _seconds(items, choices, cost, tokens)
         prefill = _seconds(items, choices, cost, Workload(tokens.prompt, 0))
         size = _bytes(items, choices, cost, tokens)
     except DiagnosticError as error:
-        if set(error.codes) <= {NoCostModel.code, NoDecoder.code}:
+        if error.codes == [NoCostModel.code]:
             return None
         raise
     return ModelledCost(target.id, workload, prefill, whole - prefill, size)

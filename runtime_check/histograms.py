@@ -9,11 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.bit_items import HEAD, LinearGroup, find_items
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.bit_items import HEAD, LinearGroup, items_of
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.quant_types import Encoding
-from qnpu.compiler.rules import NoDecoder
 from qnpu.runtime_check.segments import SEGMENT_BYTES, SegmentRunner
 from qnpu.runtime_check.session import Array, Feeds
 
@@ -101,12 +99,10 @@ def linear_inputs(before: ir.Model, after: ir.Model) -> list[LinearInput]:
     Returns:
         In graph order; none for a graph that is no decoder that is understood.
     """
-    try:
-        first, second = find_items(before).groups, find_items(after).groups
-    except DiagnosticError as error:
-        if error.codes == [NoDecoder.code]:
-            return []
-        raise
+    items = items_of(before), items_of(after)
+    if items[0] is None or items[1] is None:
+        return []
+    first, second = items[0].groups, items[1].groups
     takers = {item.shape.name: group for group in first for item in group.linears}
     heads = [group for group in first if _role(group) == HEAD]
     last = max((group.layer for group in first if _role(group) != HEAD), default=0)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from qnpu.compiler.bit_items import LinearGroup
 from qnpu.compiler.bit_options import BitOptions, Option, Plan, cache_key, group_key
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.runtime_check.bit_changes import WIDE, BitChanges, joined
@@ -39,6 +38,7 @@ class TensorLosses:
     ) -> None:
         self._options, self._changes, self._meter = options, changes, meter
         self._measure, self._record, self._progress = measure, record, progress
+        self._groups = {group_key(group): group for group in options.items.groups}
         self._losses: dict[str, float] = {}
 
     def of(self, key: str, option: Option) -> float:
@@ -71,10 +71,6 @@ class TensorLosses:
     def of_nothing(self) -> Together:
         """The float model."""
         return self._together("float", {})
-
-    @property
-    def _groups(self) -> dict[str, LinearGroup]:
-        return {group_key(group): group for group in self._options.items.groups}
 
     def _few(self) -> Iterator[Change]:
         """Inputs and caches at less than 16 bits, weights at the fewest: each by itself."""
