@@ -25,7 +25,6 @@ from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_io import io_encodings
 from qnpu.compiler.integer_model import PARITY_NAME, lower_model, parity_writers
-from qnpu.compiler.modelled_cost import modelled_cost
 from qnpu.compiler.output import Writer, write_json, write_outputs
 from qnpu.compiler.pass_base import (
     Compilation,
@@ -44,6 +43,7 @@ from qnpu.compiler.pipeline import (
     default_passes,
     findings,
     make_report,
+    result_of,
     write_page,
 )
 from qnpu.compiler.rules import CacheInputMissing, GraphsDiffer, InvalidConfig
@@ -198,25 +198,7 @@ def _compile_prefill(
     first = _first_of_bits(passes)
     floats = _float_passes(config, config.seq_len, calibration)
     rewrites = run_passes([*floats, *passes[first:]], compilation, after_pass=after_pass)
-    return CompileResult(
-        model=model,
-        float_model=snapshots[UnifyEncodings.name],
-        source_model=snapshots[ReturnNewEntries.name],
-        canonical_model=snapshots[CanonicalizeMask.name],
-        bit_plan=compilation.bit_plan,
-        encodings=compilation.encodings,
-        diagnostics=compilation.diagnostics,
-        rewrites=rewrites,
-        legalized=compilation.legalized,
-        learning=compilation.learning,
-        bit_search=compilation.bit_search,
-        cost=modelled_cost(
-            snapshots[UnifyEncodings.name],
-            compilation.bit_plan.choices,
-            compilation.target,
-            config.workload,
-        ),
-    )
+    return result_of(compilation, config, rewrites, snapshots, ReturnNewEntries.name)
 
 
 def write_cached(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -285,10 +285,34 @@ def compile_model(
             snapshots[done.name] = model.clone()
 
     rewrites = run_passes(passes, compilation, after_pass=after_pass)
+    return replace(
+        result_of(compilation, config, rewrites, snapshots, FreezeShapes.name),
+        unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
+        integer_model=lower_model(model, Cpu(config.cpu)) if config.integer else None,
+    )
+
+
+def result_of(
+    compilation: Compilation,
+    config: CompileConfig,
+    rewrites: dict[str, int],
+    snapshots: Mapping[str, ir.Model],
+    source: str,
+) -> CompileResult:
+    """What passes made.
+
+    Args:
+        compilation: at its end.
+        config: what was to be done.
+        rewrites: from ``run_passes``.
+        snapshots: pass name → the graph just after it.
+        source: the pass whose graph counts as the one that was loaded.
+    """
+    float_model, choices = snapshots[UnifyEncodings.name], compilation.bit_plan.choices
     return CompileResult(
-        model=model,
-        float_model=snapshots[UnifyEncodings.name],
-        source_model=snapshots[FreezeShapes.name],
+        model=compilation.model,
+        float_model=float_model,
+        source_model=snapshots[source],
         canonical_model=snapshots[CanonicalizeMask.name],
         bit_plan=compilation.bit_plan,
         encodings=compilation.encodings,
@@ -297,14 +321,7 @@ def compile_model(
         legalized=compilation.legalized,
         learning=compilation.learning,
         bit_search=compilation.bit_search,
-        cost=modelled_cost(
-            snapshots[UnifyEncodings.name],
-            compilation.bit_plan.choices,
-            compilation.target,
-            config.workload,
-        ),
-        unprefixed_model=snapshots[before_prefix] if prefix_of(model) is not None else None,
-        integer_model=lower_model(model, Cpu(config.cpu)) if config.integer else None,
+        cost=modelled_cost(float_model, choices, compilation.target, config.workload),
     )
 
 
