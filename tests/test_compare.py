@@ -42,6 +42,21 @@ def test_sqnr_of_a_quantizer() -> None:
         assert sqnr_db(x, rounded) == pytest.approx(6.0206 * bits, abs=0.1)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e19, 1e30, 1e38])
+def test_sqnr_where_squares_leave_float32(size: float) -> None:
+    signal = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
+    other = (signal + 0.001 * signal[::-1]).astype(np.float32)
+    expected = sqnr_db(signal.astype(np.float64), other.astype(np.float64))
+    assert expected == pytest.approx(60, abs=0.1)
+    found = sqnr_db(signal * np.float32(size), other * np.float32(size))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_sqnr_of_half_precision() -> None:
+    signal = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float16)
+    assert sqnr_db(signal, signal * np.float16(0.5)) == pytest.approx(6.0206, abs=1e-3)
+
+
 def test_cosine() -> None:
     x, y = np.array([1, 0], np.float32), np.array([0, 2], np.float32)
     assert cosine(x, x * 5) == pytest.approx(1, rel=1e-12)
