@@ -1,4 +1,4 @@
-"""qnpu-compile, qnpu-export, qnpu-eval: options → config → model → work → print."""
+"""qnpu-compile, qnpu-export: options → config → model → work → print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from qnpu.compiler.cached_decoder import (
     tokenizer_writers,
     write_cached,
 )
-from qnpu.compiler.caches import CACHED_INPUTS, past_length
 from qnpu.compiler.config import CompileConfig, read_config
 from qnpu.compiler.console import (
     EXIT_FAULT,
@@ -40,7 +39,7 @@ from qnpu.compiler.console import (
     print_json,
     progress_bars,
 )
-from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.diagnostics import DiagnosticError, Severity
 from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_writers
 from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import static_shape
@@ -48,10 +47,9 @@ from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
 from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.integer_cpu import Cpu
-from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.integer_model import INTEGER_NAME, PARITY_NAME
 from qnpu.compiler.output import PAGE_NAME, REPORT_NAME, Writer, check_folder, check_overwrite
-from qnpu.compiler.pass_base import Compilation, ProgressCallback
+from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.pipeline import (
     BIT_PLAN_NAME,
     ENCODINGS_NAME,
@@ -70,15 +68,13 @@ from qnpu.compiler.recipes import read_recipe, recipe_names
 from qnpu.compiler.rules import InvalidConfig, WouldOverwrite
 from qnpu.compiler.target import TargetProfile, load_target, target_names
 from qnpu.compiler.topology import describe
-from qnpu.models.load import load_onnx, load_tokenizer, resolve
-from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.models.load import resolve
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.learning_record import LEARNING_FOLDER, LearningRecord
 from qnpu.runtime_check.loss_record import LOSSES_FOLDER, LossRecord
 from qnpu.runtime_check.observer import RangeMethod
 from qnpu.runtime_check.oracle import random_feeds
-from qnpu.runtime_check.perplexity import measure_perplexity
-from qnpu.runtime_check.session import Feeds, Mode, check_cpu, open_session
+from qnpu.runtime_check.session import Feeds, check_cpu
 
 _MODEL = (
     "An .onnx or .gguf file, a Hugging Face id or folder, or a built-in name: "
@@ -339,6 +335,10 @@ def _compile(
         int | None,
         typer.Option(help=f"Windows to evaluate; 0: none. Default: {_DEFAULTS.eval_windows}."),
     ] = None,
+    max_ratio: Annotated[
+        float | None,
+        typer.Option(help="Exit 1 where perplexity is more than this many times float's."),
+    ] = None,
     bos: Annotated[
         str | None, typer.Option(help="BOS token: auto, none, stream, window. Default: auto.")
     ] = None,
@@ -409,6 +409,7 @@ def _compile(
         "passes": tuple(pass_) if pass_ else None,
         "eval_text": eval_text,
         "eval_windows": eval_windows,
+        "max_ratio": max_ratio,
         "bos": bos,
         "tokenizer": tokenizer,
         "exporter": exporter,
@@ -453,7 +454,7 @@ def _compile(
             return  # the first of several processes writes
         batch = calibration.feeds(result.float_model.graph.inputs)[0]
         evaluation, evaluated = _evaluation(settings, opened, result.float_model.graph)
-        checks = check_result(result, batch, evaluation, progress)
+        checks = check_result(result, batch, evaluation, progress, settings.max_ratio)
         times["check"] = time.perf_counter() - started - sum(times.values())
         about: dict[str, object] = {
             "command": ["qnpu-compile", *sys.argv[1:]],
@@ -467,11 +468,13 @@ def _compile(
         record.discard()
     times["total"] = time.perf_counter() - started
     print_diagnostics(result.diagnostics, model)
-    summary = _summary(out, report, checks, times)
+    summary = _summary(out, report, checks, times, result.seconds)
     if json:
         print_json(summary)
     else:
         _print_summary(opened.name, settings.scheme, summary)
+    if any(item.severity is Severity.ERROR for item in result.diagnostics):
+        sys.exit(EXIT_FAULT)  # the files are there, to be looked at
 
 
 def _work(
@@ -649,7 +652,11 @@ def _print_legalized(name: str, summary: dict[str, Any]) -> None:
 
 
 def _summary(
-    out: Path, report: dict[str, Any], checks: CheckResult, times: dict[str, float]
+    out: Path,
+    report: dict[str, Any],
+    checks: CheckResult,
+    times: dict[str, float],
+    passes: dict[str, float],
 ) -> dict[str, Any]:
     worst = sorted(checks.tensors, key=lambda tensor: tensor.sqnr_db)[:5]
     return {
@@ -664,6 +671,7 @@ def _summary(
         "calibration": report["calibration"],
         "lowest_sqnr_db": {tensor.name: round(tensor.sqnr_db, 2) for tensor in worst},
         "seconds": {name: round(value, 2) for name, value in times.items()},
+        "passes": {name: round(value, 2) for name, value in passes.items()},
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
@@ -772,65 +780,6 @@ def _export(
         )
 
 
-# ------------------------------------------------------------------------------------- qnpu-eval
-
-
-@command
-def _evaluate(
-    model: Annotated[str, typer.Argument(help="An .onnx file, float or QDQ.", show_default=False)],
-    text: Annotated[
-        str | None, typer.Option(help="UTF-8 text or data set. Default: built-in text.")
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows, from the start; 0: all.")] = 40,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = _DEFAULTS.seq_len,
-    bos: Annotated[str, typer.Option(help="BOS token: auto, none, stream, window.")] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder, tokenizer.json or id. Default: beside the model.")
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help=f"ONNX Runtime: {', '.join(m.value for m in Mode)}.")
-    ] = Mode.REFERENCE.value,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Measure perplexity: exp(mean NLL of all but the first token of each window)."""
-    started = time.perf_counter()
-    settings = CompileConfig(seq_len=window, bos=bos)
-    if mode not in [m.value for m in Mode]:
-        raise DiagnosticError(InvalidConfig("--mode", f"`{mode}` is not a mode").at())
-    loaded = load_onnx(Path(model))
-    graph_model = with_real_io(loaded)
-    kept = CACHED_INPUTS if past_length(graph_model.graph.inputs) else ()
-    frozen = FreezeShapes(sequence_length=window, keep_inputs=kept).run(Compilation(graph_model))
-    words = load_tokenizer(tokenizer or resolve(model))
-    data, description = text_windows(
-        text or "", "evaluation", words, settings.seq_len, windows or None, settings.bos
-    )
-    feeds = data.feeds(graph_model.graph.inputs)
-    changed = frozen or graph_model is not loaded
-    session = open_session(graph_model if changed else Path(model), Mode(mode))
-    del graph_model, loaded
-    with progress_bars(shown=not quiet) as progress:
-        measured = measure_perplexity(session, feeds, logits_name=LOGITS, progress=progress)
-    summary = {
-        "model": model,
-        "perplexity": measured.value,
-        "data": description,
-        "mode": mode,
-        "tokens": measured.tokens,
-        "nll": list(measured.nll),
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    if json:
-        print_json(summary)
-    else:
-        console = Console(soft_wrap=True)
-        console.print(f"perplexity {measured.value:.4f}  ({measured.tokens} tokens predicted)")
-        console.print(f"data: {description}; session: {mode}; {summary['seconds']:.0f} s")
-
-
 # ---------------------------------------------------------------------------------- applications
 
 compile_app = application(
@@ -854,12 +803,5 @@ export_app = application(
 qnpu-export smollm2-135m --seq-len 512 --out smollm2.onnx
 qnpu-export org/model --cache --out model.onnx
 qnpu-export org/model --exporter optimum --out model.onnx
-""",
-)
-eval_app = application(
-    _evaluate,
-    """
-qnpu-eval out/model.qdq.onnx --tokenizer smollm2-135m --windows 8
-qnpu-eval model.onnx --text wiki.test.raw --window 512 --windows 40 --bos none
 """,
 )

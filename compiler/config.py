@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
@@ -18,12 +17,14 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.prefix import parse_prefix
-from qnpu.compiler.rules import InvalidConfig, MissingFile
+from qnpu.compiler.rules import InvalidConfig
 from qnpu.compiler.target import DEFAULT_TARGET, load_target
+from qnpu.compiler.toml_file import read_toml
 from qnpu.runtime_check.observer import RangeMethod
 
 AI_HUB = "ai-hub"
 _BYTE_BITS = 8
+_INT64 = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class CompileConfig:
         keep_inputs: inputs that freeze-shapes must not bind.
         eval_text: as ``calib``, for perplexity; empty: the built-in text's other part.
         eval_windows: windows to measure perplexity on; 0 for none.
+        max_ratio: what the quantized graph's perplexity may be of the float one's; None: anything.
         bos: where a BOS token goes: ``none``, ``stream`` (one in front), ``window`` (one in each),
             ``auto`` (``window`` where the tokenizer adds one).
         passes: further passes, ``MODULE:CLASS[key=value, …]`` or names of entry points
@@ -139,6 +141,7 @@ class CompileConfig:
     keep_inputs: tuple[str, ...] = ()
     eval_text: str = ""
     eval_windows: int = 4
+    max_ratio: float | None = None
     bos: str = "auto"
     passes: tuple[str, ...] = ()
     exporter: str = "dynamo"
@@ -146,6 +149,7 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         """Raises: DiagnosticError: QN501, QN502 or QN503 for a value that cannot be meant."""
+        self._check_sizes()
         Scheme.parse(self.scheme)
         load_target(self.target)
         for name in self.emit:
@@ -170,7 +174,6 @@ class CompileConfig:
         _check_share("distill", self.distill)
         _check_share("local_loss", self.local_loss)
         _check_choice("cpu", self.cpu, [item.value for item in Cpu])
-        _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
             _check_choice("online", rotation, ["r3", "r4"])
@@ -179,7 +182,7 @@ class CompileConfig:
         _check_least("learn_windows", self.learn_windows, 1)
         _check_least("learn_steps", 1 if self.learn_steps is None else self.learn_steps, 1)
         _check_least("learn_batch", self.learn_batch, 1)
-        _check_least("eval_windows", self.eval_windows, 0)
+        self._check_evaluation()
         _check_least("search_windows", self.search_windows, 1)
         _check_least("seq_len", self.seq_len, 2)
         _check_choice("names", self.names, ["source", AI_HUB])
@@ -193,6 +196,25 @@ class CompileConfig:
             _fail("mask_value", f"{self.mask_constant:g} is not between -10000 and 0")
         for name, size in self.freeze_dims.items():
             _check_least(f"freeze_dims.{name}", size, 0)
+
+    def _check_sizes(self) -> None:
+        """Numbers go into int64 tensors, or become floats; Python has larger ones."""
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        given |= {f"freeze_dims.{name}": size for name, size in self.freeze_dims.items()}
+        for key, value in given.items():
+            if isinstance(value, int) and not -_INT64 <= value < _INT64:
+                _fail(key, "does not fit into 64 bits")
+        _check_least("seed", self.seed, 0)
+
+    def _check_evaluation(self) -> None:
+        _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
+        _check_least("eval_windows", self.eval_windows, 0)
+        if self.max_ratio is None:
+            return
+        if not 0 < self.max_ratio < float("inf"):
+            _fail("max_ratio", f"{self.max_ratio:g} is not positive and finite")
+        if not self.eval_windows:
+            _fail("max_ratio", "has nothing to go by where eval_windows is 0")
 
     def _check_search(self) -> None:
         parse_workload(self.workload)
@@ -294,13 +316,9 @@ def read_config(path: Traversable) -> dict[str, Any]:
     Raises:
         DiagnosticError: QN102 no such file, QN503 not TOML, an unknown key, or a wrong type.
     """
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=str(path))) from error
-    kinds = get_type_hints(CompileConfig) | {"mask_value": float, "learn_steps": int}
+    table = read_toml(path)
+    kinds = get_type_hints(CompileConfig)
+    kinds |= {"mask_value": float, "max_ratio": float, "learn_steps": int}
     for key, value in table.items():
         if key not in kinds:
             known = ", ".join(sorted(kinds))

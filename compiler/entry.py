@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from qnpu.runtime_check.freed_memory import keep_freed_memory
+
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _INTERRUPTED = b"\ninterrupted\n"  # written to 2: sys.stderr may be redirected just then
 
@@ -25,7 +27,7 @@ def export_main() -> None:
 
 
 def eval_main() -> None:
-    _run("cli", "eval_app")
+    _run("cli_eval", "eval_app")
 
 
 def check_main() -> None:
@@ -45,6 +47,7 @@ def _run(module: str, app: str) -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     # Threads that spin while they wait slow each other down where other work runs, torch's by far.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     gc.disable()  # the imports make no garbage; to look for some takes a third of their time
     commands = importlib.import_module(f"qnpu.compiler.{module}")
     gc.freeze()

@@ -46,7 +46,9 @@ from qnpu.compiler.pass_base import (
 )
 from qnpu.compiler.prefix import parse_prefix, prefix_of
 from qnpu.compiler.rotated_caches import rotated_caches, turn_caches
+from qnpu.compiler.rules import TooFarFromFloat
 from qnpu.compiler.target import load_target
+from qnpu.compiler.target_check import verdict_counts
 from qnpu.compiler.topology import DecoderTopology, discover
 from qnpu.compiler.user_passes import load_passes
 from qnpu.compiler.verify import verify_stage
@@ -222,10 +224,12 @@ class CompileResult:
         encodings: scale and zero point of each of its tensors.
         diagnostics: notes and warnings.
         rewrites: pass name → how many places it changed.
+        seconds: pass name → wall time.
         legalized: what legalize-target did to which node.
         learning: losses that learning came to.
         bit_search: how bits were chosen; None where no search was made.
         cost: what a workload takes on the target; None where that is not known.
+        verdicts: how many nodes of the QDQ graph the target takes how; empty where it has no rules.
         unprefixed_model: the graph just before a prefix went in, None where none did; shares its
             weights.
         integer_model: the QDQ graph on integers alone, None where it was not asked for; shares its
@@ -240,10 +244,12 @@ class CompileResult:
     encodings: EncodingTable
     diagnostics: list[Diagnostic]
     rewrites: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
     legalized: list[Legalized] = field(default_factory=list)
     learning: list[LearningPoint] = field(default_factory=list)
     bit_search: BitSearch | None = None
     cost: ModelledCost | None = None
+    verdicts: Mapping[str, int] = field(default_factory=dict)
     unprefixed_model: ir.Model | None = None
     integer_model: ir.Model | None = None
 
@@ -318,10 +324,12 @@ def result_of(
         encodings=compilation.encodings,
         diagnostics=compilation.diagnostics,
         rewrites=rewrites,
+        seconds=compilation.seconds,
         legalized=compilation.legalized,
         learning=compilation.learning,
         bit_search=compilation.bit_search,
         cost=modelled_cost(float_model, choices, compilation.target, config.workload),
+        verdicts=verdict_counts(compilation.model, compilation.target),
     )
 
 
@@ -353,16 +361,19 @@ def check_result(
     batch: Feeds,
     evaluation: Sequence[Feeds],
     progress: ProgressCallback = no_progress,
+    max_ratio: float | None = None,
 ) -> CheckResult:
     """Runs source, float, QDQ and integer graph on ONNX Runtime, node by node as written.
 
-    Where the integer graph breaks a limit, QN402 joins the result's diagnostics.
+    Where the integer graph breaks a limit, QN402 joins the result's diagnostics; where perplexity
+    does, QN404.
 
     Args:
         result: from ``compile_model``.
         batch: one calibration batch, as the graph as loaded takes it.
         evaluation: windows to measure perplexity on; may be empty.
         progress: called with fraction done.
+        max_ratio: what a quantized graph's perplexity may be of the float one's; None: anything.
     """
     rotated = turn_caches(result.float_model, batch)
     qdq_model = with_real_io(result.model)
@@ -377,6 +388,8 @@ def check_result(
             perplexity[label] = stream_perplexity(
                 model, evaluation, logits_name=LOGITS, progress=progress, label=f"evaluate {label}"
             )
+    if max_ratio is not None:
+        result.diagnostics.extend(_ratio_faults(perplexity, max_ratio))
     parity: ParityCertificate | None = None
     if result.integer_model is not None:
         parity = certify(qdq_model, result.integer_model, rotated, result.diagnostics, progress)
@@ -389,6 +402,16 @@ def check_result(
         linear_inputs(result.canonical_model, result.float_model),
     )
     return CheckResult(tensors, source_error, perplexity, parity, histograms)
+
+
+def _ratio_faults(perplexity: Mapping[str, Perplexity], limit: float) -> list[Diagnostic]:
+    """QN404 if the worse of the quantized graphs is beyond the limit, or nothing is known."""
+    if not perplexity:
+        return [TooFarFromFloat(None, limit).at()]
+    base = perplexity["float"].value
+    ratios = [found.value / base for label, found in perplexity.items() if label != "float"]
+    far = [ratio for ratio in ratios if not ratio <= limit]  # NaN is far, too
+    return [TooFarFromFloat(max(far), limit).at()] if far else []
 
 
 def _source_error(result: CompileResult, batch: Feeds) -> float:
@@ -471,6 +494,7 @@ def findings(result: CompileResult, checks: CheckResult) -> dict[str, object]:
         "bits": [asdict(row) for row in bits],
         "histograms": [item.to_json() for item in checks.histograms],
         "parity": parity_summary(checks.parity),
+        "verdicts": {"after": result.verdicts} if result.verdicts else {},
     }
 
 

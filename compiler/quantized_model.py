@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from qnpu.compiler.output import Writer
 from qnpu.compiler.pass_base import Compilation, Legalized, Pass, run_passes
 from qnpu.compiler.pipeline import write_files
 from qnpu.compiler.rules import QuantizedInput
-from qnpu.compiler.target import TargetProfile, load_target
-from qnpu.compiler.target_check import check_target
+from qnpu.compiler.target import load_target
+from qnpu.compiler.target_check import verdict_counts
 from qnpu.passes.freeze_shapes import FreezeShapes
 from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
@@ -95,7 +94,7 @@ def legalize_model(
     names = " and ".join(item.name for item in last)
     compilation.diagnostics.append(QuantizedInput(names).at())
     rewrites = {freeze.name: freeze.run(compilation)}
-    source, before = model.clone(), _verdicts(model, compilation.target)
+    source, before = model.clone(), verdict_counts(model, compilation.target)
     rewrites |= run_passes(last, compilation, after_pass=lambda done: None)
     batch = feeds(source.graph)
     integer = lower_model(model, Cpu(config.cpu)) if config.integer else None
@@ -108,7 +107,7 @@ def legalize_model(
         rewrites=rewrites,
         legalized=compilation.legalized,
         before=before,
-        after=_verdicts(model, compilation.target),
+        after=verdict_counts(model, compilation.target),
         changes=_output_changes(source, with_real_io(model), batch),
         integer_model=integer,
         parity=parity,
@@ -130,12 +129,6 @@ def write_legalized(
     }
     more = parity_writers(result.parity) | dict(more)
     return write_files(folder, result, handout, about | found, more)
-
-
-def _verdicts(model: ir.Model, target: TargetProfile) -> dict[str, int]:
-    report = check_target(model, target)
-    counts = Counter(node.verdict.value for node in report.nodes) if target.rules else Counter()
-    return dict(sorted(counts.items()))
 
 
 def _output_changes(before: ir.Model, after: ir.Model, feeds: Feeds) -> list[OutputChange]:

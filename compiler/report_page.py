@@ -30,7 +30,7 @@ from qnpu.compiler.report_parts import (
     size,
 )
 from qnpu.compiler.report_sections import SECTIONS
-from qnpu.compiler.rules import manual_page
+from qnpu.compiler.rules import TooFarFromFloat, manual_page
 
 _PLACES = 20
 _GRAPH_SUFFIXES = (".onnx", ".data", ".bin")
@@ -173,8 +173,11 @@ def _checks(facts: Report) -> Iterator[Check]:
         yield Check("Float graph against the source", f"{error} of max |output|", "info")
     base, quantized = _perplexity(facts, "float"), _perplexity(facts, "qdq")
     if base and quantized is not None:
-        found = f"{_ratio(quantized / base)} times the float one"
-        yield Check("Perplexity of the quantized graph", found, "info")
+        found, limit = f"{_ratio(quantized / base)} times the float one", _limit(facts)
+        if limit is not None:
+            found += f", {limit:g} at most"
+        state = "info" if limit is None else "fail" if _too_far(facts) else "pass"
+        yield Check("Perplexity of the quantized graph", found, state)
     else:
         yield Check("Perplexity of the quantized graph", "no text, or no language model", "none")
     yield from _budget_checks(facts)
@@ -185,6 +188,15 @@ def _checks(facts: Report) -> Iterator[Check]:
         state = "fail" if after.get("reject") else "warn" if set(after) - {"int"} else "pass"
         yield Check("Nodes as the target takes them", found, state)
     yield _diagnostics_check(facts)
+
+
+def _limit(facts: Report) -> float | None:
+    limit = part(facts, "config").get("max_ratio")
+    return None if limit is None else float(limit)
+
+
+def _too_far(facts: Report) -> bool:
+    return any(item["code"] == TooFarFromFloat.code for item in facts.get("diagnostics") or [])
 
 
 def _budget_checks(facts: Report) -> Iterator[Check]:

@@ -485,7 +485,7 @@ def _changes(facts: Report) -> Section | None:
         ]
         columns = ("output", "max |error|", "max LSB", "mean LSB")
         tables.append(Table("What rewrites changed in outputs", columns, rows))
-    return Section("changes", "Rewrites for the target", [], [], tables)
+    return Section("changes", "On the target", [], [], tables)
 
 
 SECTIONS = (

@@ -1129,6 +1129,38 @@ class GraphsDiffer(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class InvalidTaskItem(Rule):
+    """What it checks
+        Each line of ``--task-data`` is a JSON object with the fields of its task, and its answers
+        have tokens, no more than the graph takes.
+
+    Why it matters
+        A score over fewer items than the file has is not that of the task.
+
+    Example
+        ```console
+        echo '{"goal": "Open a tin.", "sol1": "Pull the ring."}' > items.jsonl
+        qnpu-eval model.onnx --task piqa --task-data items.jsonl
+        ```
+
+    How to fix
+        Mend the line, or take it out; the message names the fields.
+    """
+
+    code: ClassVar[str] = "QN313"
+    name: ClassVar[str] = "invalid-task-item"
+    line: int
+    reason: str
+    fix: str
+
+    def message(self) -> str:
+        return f"line {self.line}: {self.reason}"
+
+    def help(self) -> str:
+        return self.fix
+
+
+@dataclass(frozen=True, slots=True)
 class NoIntegerForm(Rule):
     """What it checks
         Every operator that computes on quantized numbers can be done on their codes.
@@ -1221,6 +1253,43 @@ class CpuSaturates(Rule):
 
     def help(self) -> str:
         return "compile with --cpu any, or use a CPU with VNNI"
+
+
+@dataclass(frozen=True, slots=True)
+class TooFarFromFloat(Rule):
+    """What it checks
+        The quantized graph's perplexity is no more than ``--max-ratio`` times the float graph's.
+
+    Why it matters
+        A model that is not good enough should not reach a device because nobody read a table. The
+        files are written all the same, so that the report can be looked at.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w4a8 --max-ratio 1.05
+        ```
+
+    How to fix
+        Give it more bits (`--scheme`, `--budget ppl=1.05`), or learning (`--recipe default`). Where
+        no perplexity was measured, give a graph with logits, a tokenizer and `--eval-windows`.
+    """
+
+    code: ClassVar[str] = "QN404"
+    name: ClassVar[str] = "too-far-from-float"
+    severity: ClassVar[Severity] = Severity.ERROR
+
+    ratio: float | None
+    limit: float
+
+    def message(self) -> str:
+        if self.ratio is None:
+            return f"no perplexity was measured, which should be at most {self.limit:g} of float's"
+        return f"perplexity is {self.ratio:.4f} times the float graph's, more than {self.limit:g}"
+
+    def help(self) -> str:
+        if self.ratio is None:
+            return "a language model, a tokenizer and --eval-windows are needed"
+        return "look at report.html; more bits (--scheme, --budget) or learning (--recipe default)"
 
 
 @dataclass(frozen=True, slots=True)

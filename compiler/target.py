@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-import tomllib
 from functools import lru_cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -21,6 +21,7 @@ from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.operand_pattern import pattern_of
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.compiler.rules import InvalidConfig, UnknownTarget
+from qnpu.compiler.toml_file import read_toml
 
 DEFAULT_TARGET = "onnxruntime"
 
@@ -378,7 +379,7 @@ class TargetProfile(_Table):
 
 def target_names() -> list[str]:
     """Names of all shipped profiles that a model can be compiled for, sorted."""
-    return [name for name in _file_names() if not name.startswith("_")]
+    return [name for name in _file_names(_folder()) if not name.startswith("_")]
 
 
 @lru_cache(maxsize=32)
@@ -390,38 +391,52 @@ def load_target(name: str) -> TargetProfile:
     """
     if name not in target_names():
         raise DiagnosticError(UnknownTarget(name, ", ".join(target_names())).at())
+    return read_profile(_folder(), name)
+
+
+def read_profile(folder: Traversable, name: str) -> TargetProfile:
+    """Reads ``<name>.toml`` of a folder, with what it inherits from others there merged in.
+
+    Raises:
+        DiagnosticError: QN503 not TOML, or a key or value that the schema does not know.
+    """
     try:
-        return TargetProfile.model_validate(_merged(name))
+        return TargetProfile.model_validate(_merged(folder, name))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise DiagnosticError(InvalidConfig(place, first["msg"]).at(file=f"{name}.toml")) from error
+        raise _fault(name, place, first["msg"]) from error
 
 
-def _file_names() -> list[str]:
-    folder = resources.files("qnpu.compiler").joinpath("targets")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
+def _folder() -> Traversable:
+    return resources.files("qnpu.compiler").joinpath("targets")
 
 
-def _merged(name: str) -> dict[str, Any]:
+def _file_names(folder: Traversable) -> list[str]:
+    names = (file.name for file in folder.iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def _merged(folder: Traversable, name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     """A profile's tables over those it inherits; its rules come first, so they win."""
-    file = resources.files("qnpu.compiler").joinpath("targets", f"{name}.toml")
-    try:
-        table = tomllib.loads(file.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise DiagnosticError(InvalidConfig("TOML", str(error)).at(file=f"{name}.toml")) from error
+    table = read_toml(folder.joinpath(f"{name}.toml"))
     parent = table.get("inherits", "")
     if not parent:
         return table
-    if parent not in _file_names():
-        reason = f"there is no profile `{parent}`"
-        raise DiagnosticError(InvalidConfig("inherits", reason).at(file=f"{name}.toml"))
-    below = _merged(parent)
+    if parent not in _file_names(folder):
+        raise _fault(name, "inherits", f"there is no profile `{parent}`")
+    if parent in (name, *heirs):
+        raise _fault(name, "inherits", f"`{parent}` inherits from this profile")
+    below = _merged(folder, parent, (name, *heirs))
     merged = below | table
     for key, value in below.items():
         if isinstance(value, dict) and isinstance(table.get(key), dict):
             merged[key] = value | table[key]
-    merged["rules"] = [*table.get("rules", []), *below.get("rules", [])]
+    rules = [table.get("rules", []), below.get("rules", [])]
+    if all(isinstance(part, list) for part in rules):  # else the schema will refuse it
+        merged["rules"] = [rule for part in rules for rule in part]
     return merged
+
+
+def _fault(name: str, place: str, reason: str) -> DiagnosticError:
+    return DiagnosticError(InvalidConfig(place, reason).at(file=f"{name}.toml"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +77,14 @@ class TargetReport:
     def verdict(self) -> Verdict:
         """The worst of all nodes."""
         return max((n.verdict for n in self.nodes), key=lambda v: v.badness, default=Verdict.INT)
+
+
+def verdict_counts(model: ir.Model, profile: TargetProfile) -> dict[str, int]:
+    """How many nodes get which verdict, by its name; nothing where the profile has no rules."""
+    if not profile.rules:
+        return {}
+    counts = Counter(node.verdict.value for node in check_target(model, profile).nodes)
+    return dict(sorted(counts.items()))
 
 
 def check_target(model: ir.Model, profile: TargetProfile) -> TargetReport:

@@ -141,6 +141,30 @@ def test_options_win_over_the_configuration(home: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["perplexity"] == {}
 
 
+@pytest.mark.parametrize(("limit", "exit_code"), [("0.5", 1), ("1.5", 0)])
+def test_a_perplexity_beyond_the_limit_fails_but_is_written(
+    home: Path, tmp_path: Path, limit: str, exit_code: int
+) -> None:
+    out = tmp_path / "out"
+    options = ["--max-ratio", limit, "--target", "qnn-htp-v75", "--out", str(out), "--json"]
+    done = call("qnpu-compile", *_in(home), *options, folder=home)
+    assert done.exit_code == exit_code, done.stderr
+    assert set(json.loads(done.stdout)["outputs"]) == set(snapshot(out)) - {"report.json"}
+    assert done.codes == ["QN404"] * exit_code
+    found = [item["code"] for item in report(out)["diagnostics"] if item["severity"] == "error"]
+    assert found == ["QN404"] * exit_code
+    page = (out / "report.html").read_text("utf-8")
+    assert ("No check failed." in page) == (exit_code == 0)
+    assert sum(report(out)["verdicts"]["after"].values()) > 50
+
+
+@pytest.mark.parametrize("options", [["-1"], ["nan"], ["1.5", "--eval-windows", "0"]])
+def test_limits_that_mean_nothing(home: Path, tmp_path: Path, options: list[str]) -> None:
+    given = [*_in(home), "--out", str(tmp_path / "out"), "--max-ratio", *options]
+    done = call("qnpu-compile", *given, folder=home)
+    assert (done.exit_code, done.codes) == (1, ["QN503"])
+
+
 def test_the_same_command_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
     """From another folder, with another hash seed, other environment and a file already there."""
     for name in ("tiny.onnx", "tiny.onnx.data", "tokenizer.json", "tokenizer_config.json"):

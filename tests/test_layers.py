@@ -51,12 +51,13 @@ MAY_IMPORT_PASSES = {
     "qnpu.compiler.quantized_model",
     "qnpu.compiler.integer_model",
     "qnpu.compiler.cached_decoder",
-    "qnpu.compiler.cli",
+    "qnpu.compiler.cli_eval",
 }
 MAY_IMPORT_MODELS = {
     "qnpu.compiler.inputs",
     "qnpu.compiler.cli",
     "qnpu.compiler.cli_check",
+    "qnpu.compiler.cli_eval",
     "qnpu.compiler.cli_run",
 }
 HEAVY = ("transformers", "optimum", "datasets", "sentencepiece", "gguf", "accelerate")
