@@ -9,6 +9,7 @@ single codes are then moved as long as that makes e smaller (coordinate descent,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 _BLOCK = 32
 # Parts of the greatest weight that a channel's codes may be made to reach, for a first guess.
 _GRID = torch.arange(1.0, 0.4, -0.04)
-# What is tried around it.
-_AROUND = torch.tensor([0.94, 1.0, 1.06])
+SCALES_AROUND = (0.94, 1.0, 1.06)
+"""What is tried around that guess, parts of it."""
 _STACKED_ROWS = 8192
 
 
@@ -81,7 +82,12 @@ def widest_scale(weight: Tensor, codes: CodeRange) -> Tensor:
     return torch.where(peak > 0, peak / codes.high, torch.ones_like(peak))
 
 
-def likely_scales(weight: Tensor, moment: Tensor, codes: CodeRange) -> Tensor:
+def likely_scales(
+    weight: Tensor,
+    moment: Tensor,
+    codes: CodeRange,
+    around: Sequence[float] = SCALES_AROUND,
+) -> Tensor:
     """Candidates of each channel's scale, around the one that is best for nearest codes.
 
     That one has the least Σ H_kk·(w_k - s·q_k)² of a grid of clipped ranges (no correlation, which
@@ -91,6 +97,7 @@ def likely_scales(weight: Tensor, moment: Tensor, codes: CodeRange) -> Tensor:
         weight: shape (channels, features).
         moment: H, shape (features, features).
         codes: range.
+        around: candidates as parts of it.
 
     Returns:
         Shape (candidates, channels), real units per LSB; of a channel of zeros around 1.
@@ -103,7 +110,7 @@ def likely_scales(weight: Tensor, moment: Tensor, codes: CodeRange) -> Tensor:
         difference = weight - codes.round(weight / scale[:, None]) * scale[:, None]
         error = difference.square() @ diagonal
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return _AROUND[:, None] * best[None, :]
+    return torch.tensor(around)[:, None] * best[None, :]
 
 
 def round_weight(

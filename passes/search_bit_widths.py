@@ -115,7 +115,7 @@ class SearchBitWidths(Pass):
 
     def _losses(self, compilation: Compilation, options: BitOptions) -> TensorLosses:
         from qnpu.runtime_check import tensor_losses  # noqa: PLC0415  (imports torch)
-        from qnpu.runtime_check.bit_changes import BitChanges  # noqa: PLC0415
+        from qnpu.runtime_check.bit_changes import ROUNDING, BitChanges  # noqa: PLC0415
         from qnpu.runtime_check.bit_losses import LossMeter, Measure  # noqa: PLC0415
 
         model, target = compilation.model, compilation.target
@@ -123,7 +123,8 @@ class SearchBitWidths(Pass):
             [turn_caches(model, run) for run in source.feeds(model.graph.inputs)]
             for source in (self.data, self.ranges, self.rounding)
         )
-        self.record.open(self._fingerprint(compilation, [*data, *ranges, *rounding]))
+        way = f"{self.method.value} {_STRIDE} {ROUNDING}"
+        self.record.open(_fingerprint(compilation, way, [*data, *ranges, *rounding]))
         changes = BitChanges(
             model, options.items, target, ranges, rounding, self.method, self.progress
         )
@@ -133,16 +134,6 @@ class SearchBitWidths(Pass):
         return tensor_losses.TensorLosses(
             options, changes, meter, measure, self.record, self.progress
         )
-
-    def _fingerprint(self, compilation: Compilation, feeds: list[Feeds]) -> str:
-        """Of all that losses depend on."""
-        graph, target = compilation.graph, compilation.target
-        kinds = [str(kind(8)) for kind in (target.activation_spec, target.key_value_spec)]
-        nodes = [f"{n.op_type} {[v and v.name for v in n.inputs]} {n.attributes}" for n in graph]
-        arrays = [array for run in feeds for array in run.values()]
-        constants = (constant_array(value) for value in graph.initializers.values())
-        arrays += [array for array in constants if array is not None]
-        return fingerprint(self.method.value, str(_STRIDE), *kinds, *nodes, arrays=arrays)
 
     def _search(
         self,
@@ -184,6 +175,17 @@ class SearchBitWidths(Pass):
             others=tuple(measured(label, plan) for label, plan in others.items()),
         )
         return best, found
+
+
+def _fingerprint(compilation: Compilation, way: str, feeds: list[Feeds]) -> str:
+    """Of all that losses depend on; ``way`` is how they are measured."""
+    graph, target = compilation.graph, compilation.target
+    kinds = [str(kind(8)) for kind in (target.activation_spec, target.key_value_spec)]
+    nodes = [f"{n.op_type} {[v and v.name for v in n.inputs]} {n.attributes}" for n in graph]
+    arrays = [array for run in feeds for array in run.values()]
+    constants = (constant_array(value) for value in graph.initializers.values())
+    arrays += [array for array in constants if array is not None]
+    return fingerprint(way, *kinds, *nodes, arrays=arrays)
 
 
 def _budget(limits: Mapping[str, float]) -> Budget:

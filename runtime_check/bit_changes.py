@@ -29,6 +29,9 @@ WIDE = 16
 NARROW = (4, 8)
 """Other widths of activations."""
 
+ROUNDING = RoundingOptions(sweeps=0, scales=(1.0,))
+"""Of 4-bit weights: a third of the time of what a compile does then, 15 % more squared error."""
+
 
 class BitChanges:
     """Makes changes for a loss meter, from data; the graph is not changed.
@@ -144,9 +147,8 @@ class BitChanges:
             if bits <= CHOSEN_BITS:
                 graph = self._model.graph
                 by_node = {linear.node: linear for linear in linears}
-                options = RoundingOptions()
                 round_linears(
-                    graph, by_node, scratch.encodings, self._rounding, options, self._progress
+                    graph, by_node, scratch.encodings, self._rounding, ROUNDING, self._progress
                 )
             self._weights[bits] = scratch.encodings
         return self._weights[bits]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.gptq import CodeRange, likely_scales, round_weight
+from qnpu.compiler.gptq import SCALES_AROUND, CodeRange, likely_scales, round_weight
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear, layout_inputs
 from qnpu.compiler.pass_base import ProgressCallback
@@ -37,11 +37,13 @@ class RoundingOptions:
         nearest: to nearest codes, scales as in ``qnpu.compiler.seqmse``; the rest is for GPTQ.
         damping: part of the mean of diag H that is added to it.
         sweeps: passes of coordinate descent.
+        scales: what is tried of each channel's scale, parts of the likeliest one.
     """
 
     nearest: bool = False
     damping: float = 0.01
     sweeps: int = 2
+    scales: tuple[float, ...] = SCALES_AROUND
 
 
 def round_linears(
@@ -115,7 +117,8 @@ def _choose(
             clipped = replace(clipped, scale=scale, codes=codes.round(rows / scale[:, None]))
         rounded = clipped
     else:
-        scales = _snapped(likely_scales(rows, moment, codes), parts, factors)
+        scales = likely_scales(rows, moment, codes, options.scales)
+        scales = _snapped(scales, parts, factors)
         rounded = round_weight(
             rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
         )
