@@ -24,6 +24,7 @@ from qnpu.models.load import load_tokenizer, load_torch, resolve
 from qnpu.runtime_check.feeds import ArraySamples
 from tests.commands import BIN, call
 from tests.conftest import parse
+from tests.markdown import blocks
 
 MODULE = '''
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def test_what_is_no_pass(spec: str, reason: str, folder: Path) -> None:
 
 def blocks_of_the_front_page() -> list[str]:
     """Its Python."""
-    return re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    return [block.text for block in blocks(README) if block.language == "python"]
 
 
 def test_the_pass_of_the_front_page(
