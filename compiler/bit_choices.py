@@ -80,7 +80,7 @@ def read_plan(path: Path) -> tuple[str, BitChoices]:
     """
     try:
         text = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
     try:
         plan = _Plan.model_validate(json.loads(text))

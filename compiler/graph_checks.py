@@ -18,6 +18,8 @@ from qnpu.compiler.rules import (
     UnsupportedFloatType,
 )
 
+_LAST_VERSION = 2**31 - 1  # onnx takes no larger number
+
 
 def check_graph(model: ir.Model) -> list[Diagnostic]:
     """All faults of a graph, float or quantized, as ``qnpu-check`` reports them."""
@@ -62,6 +64,7 @@ def unknown_operators(model: ir.Model) -> list[Diagnostic]:
         version = model.graph.opset_imports.get(node.domain or "", 1)
         if node.op_identifier() in model.functions:
             continue
+        version = min(max(version, 0), _LAST_VERSION)
         if not onnx.defs.has(node.op_type, version, node.domain or ""):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             faults.append(UnknownOperator(operator).at(node=name_of(node)))

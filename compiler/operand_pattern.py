@@ -163,7 +163,8 @@ def _comes_from(operand: Operand, path: str) -> bool:
     found = node is not None and node.op_type == first
     for step in steps:
         index, _, op_type = step.rpartition(":")
-        node = _maker(node.inputs[int(index or 0)]) if node is not None else None
+        taken = node.inputs[int(index or 0) :] if node is not None else ()
+        node = _maker(taken[0]) if taken else None
         found = found and node is not None and op_type in ("*", node.op_type)
     return found
 

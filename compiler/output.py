@@ -24,7 +24,8 @@ from qnpu.compiler.rules import CannotWrite, WouldOverwrite
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 _PROTOBUF_LIMIT = 2**31 - 2**20
 _CHUNK = 2**22
-_SCRATCH = ".qnpu-scratch-"
+_SCRATCH = ".qnpu-scratch-"  # what is being written
+_READY = ".qnpu-ready-"  # what is complete, and on its way to its place
 
 Writer = Callable[[Path], None]
 """Writes one file, under the path given, and whatever belongs beside it."""
@@ -81,19 +82,43 @@ def check_folder(folder: Path) -> None:
             read-only.
     """
     with _reported(folder):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        places = (folder, *folder.absolute().parents)
+        nearest = next(path for path in places if _is_there(path))
         if not nearest.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "", str(nearest))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "", str(nearest))
 
 
+def _is_there(path: Path) -> bool:
+    """Also of a link to nowhere.
+
+    Raises:
+        OSError: nothing can have such a name.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_overwrite(folder: Path, names: list[str]) -> None:
     """Checks that files to be written are absent or an earlier compile's, unchanged.
 
+    A compile that was killed while its files moved into place is brought to its end first.
+
     Raises:
-        DiagnosticError: QN902 for each file that is not.
+        DiagnosticError: QN902 for each file that is not; QN901 no permission.
     """
+    if any(folder.glob(f"{_READY}*")):
+        with _reported(folder), _locked(folder) as alone:
+            if alone:
+                _finish(folder)
+    _check_overwrite(folder, names)
+
+
+def _check_overwrite(folder: Path, names: list[str]) -> None:
     ours = _written_before(folder)
     faults = [
         WouldOverwrite(str(folder / name)).at(file=str(folder / name))
@@ -126,8 +151,10 @@ def write_outputs(
 ) -> None:
     """Writes all files beside their final place, then renames them into it, the report last.
 
-    On any failure, Ctrl-C included, the folder is left as it was. Adds ``outputs`` (size and hash
-    of each file) to the report.
+    On any failure, Ctrl-C included, the folder is left as it was. A process that is killed leaves
+    it as it was too, but for hidden files which the next compile removes; or, within the moment
+    that the renames take, hidden files which the next compile moves on to their places. Adds
+    ``outputs`` (size and hash of each file) to the report.
 
     Args:
         folder: made if absent.
@@ -143,7 +170,7 @@ def write_outputs(
         for name, write in writers.items():
             write(scratch / name)
         files = sorted(path.name for path in scratch.iterdir())
-        check_overwrite(folder, files)
+        _check_overwrite(folder, files)
         outputs = {name: _entry(scratch / name) for name in files}
         report["outputs"] = outputs
         if page is not None:  # it tells of all other files
@@ -154,8 +181,25 @@ def write_outputs(
         for path in scratch.iterdir():
             _flush(path)
         with _signals_held():
-            for name in [*files, REPORT_NAME]:
-                (scratch / name).replace(folder / name)
+            _move(scratch.rename(scratch.with_name(scratch.name.replace(_SCRATCH, _READY))))
+
+
+def _move(ready: Path) -> None:
+    """Moves files out of a hidden folder into the one that holds it, the report last.
+
+    Until then the old report is there, which tells which old files are ours.
+    """
+    names = sorted(path.name for path in ready.iterdir())
+    for name in sorted(names, key=lambda name: name == REPORT_NAME):
+        (ready / name).replace(ready.parent / name)
+    ready.rmdir()
+
+
+def _finish(folder: Path) -> None:
+    """Ends the moves of processes that were killed at it."""
+    for ready in folder.glob(f"{_READY}*"):
+        _check_overwrite(folder, [path.name for path in ready.iterdir()])
+        _move(ready)
 
 
 def _entry(path: Path) -> dict[str, object]:
@@ -174,6 +218,7 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
             if alone:  # then the process that made these was killed
                 for stale in folder.glob(f"{_SCRATCH}*"):
                     shutil.rmtree(stale, ignore_errors=True)
+                _finish(folder)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
                 yield Path(scratch)
         done = True

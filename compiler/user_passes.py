@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, first_line
 from qnpu.compiler.pass_base import Pass, Stage
 from qnpu.compiler.rules import InvalidPass
+from qnpu.compiler.toml_file import parse_toml
 
 GROUP = "qnpu.passes"
 """Entry points of installed packages whose names stand for passes."""
@@ -57,8 +57,8 @@ def load_pass(spec: str) -> Pass:
     if not (isinstance(kind, type) and issubclass(kind, Pass)):
         raise _fault(spec, "it is no subclass of qnpu.compiler.pass_base.Pass")
     try:
-        options: dict[str, Any] = tomllib.loads(f"x = {{{match['options'] or ''}}}")["x"]
-    except tomllib.TOMLDecodeError as error:
+        options: dict[str, Any] = parse_toml(f"x = {{{match['options'] or ''}}}")["x"]
+    except ValueError as error:
         raise _fault(spec, f"options are not as in TOML: {error}") from error
     try:
         item = kind(**options)

@@ -17,6 +17,7 @@ from qnpu.models.built_ins import BUILT_INS, BuiltIn, gguf_file
 from qnpu.models.gguf_header import MAGIC, read_header
 from qnpu.models.gguf_tokenizer import tokenizer_from_gguf
 from qnpu.models.onnx_file import load_onnx
+from qnpu.models.paths import is_file, is_folder
 from qnpu.models.quiet import quiet, require
 from qnpu.models.tiny_decoder import tiny_decoder
 from qnpu.models.tokenizer import (
@@ -92,9 +93,9 @@ def resolve(model: str) -> ModelSource:
     """
     path = Path(model)
     suffix = path.suffix.lower()
-    if model and path.is_dir():
+    if model and is_folder(path):
         return _resolve_folder(path)
-    if path.is_file() or suffix in (".onnx", ".gguf"):
+    if is_file(path) or suffix in (".onnx", ".gguf"):
         return _resolve_file(path)
     if model in BUILT_INS:
         return ModelSource("builtin", model, model)
@@ -156,16 +157,16 @@ def load_tokenizer(source: ModelSource | str | Path) -> Tokenizer | None:
         path = Path(source)
         if path.suffix.lower() == ".json":
             return tokenizer_from_json(_existing(path))
-        if path.is_dir():
+        if is_folder(path):
             return _folder_tokenizer(path)
         source = resolve(str(source))
     if source.kind in ("gguf", "builtin"):
         seeded = source.kind == "builtin" and BUILT_INS[source.location].architecture
         return ByteTokenizer() if seeded else tokenizer_from_gguf(_gguf_path(source))
     path = Path(source.location)
-    if source.kind == "hf" and not path.is_dir():
+    if source.kind == "hf" and not is_folder(path):
         return tokenizer_from_transformers(source.location, **_hub_options(source))
-    return _folder_tokenizer(path if path.is_dir() else path.parent)
+    return _folder_tokenizer(path if is_folder(path) else path.parent)
 
 
 def _unknown(model: str, reason: str) -> DiagnosticError:
@@ -173,7 +174,7 @@ def _unknown(model: str, reason: str) -> DiagnosticError:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not is_file(path):
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path)))
     return path
 

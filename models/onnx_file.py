@@ -6,12 +6,14 @@ import math
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import Diagnostic, DiagnosticError, first_line
 from qnpu.compiler.rules import (
@@ -23,6 +25,8 @@ from qnpu.compiler.rules import (
 
 MAX_REPORTED = 20
 
+_PROTOBUF_LIMIT = 2**31 - 1
+
 _OTHER_FORMATS = {
     b"version https://git-lfs": "it is a Git LFS pointer; run `git lfs pull`",
     b"GGUF": "it is a GGUF file; rename it to .gguf",
@@ -30,6 +34,10 @@ _OTHER_FORMATS = {
     b"<": "it is text, such as a web page",
     b"{": "it is text, such as JSON",
 }
+_OF_BOTH_DOMAINS = ("QuantizeLinear", "DequantizeLinear")  # com.microsoft's have no schema in onnx
+_NUMBER_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data",
+                  "uint64_data")  # fmt: skip
+_COMPLEX = (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
 _LFS_MARK = b"version https://git-lfs"
 
 
@@ -48,18 +56,130 @@ def load_onnx(path: str | Path) -> ir.Model:
     path = Path(path)
     proto = _parse(path)
     folder = path.parent.resolve()
-    faults = [fault for tensor in _tensors(proto) for fault in _faults(tensor, folder, str(path))]
+    places = list(_places(proto))
+    if reason := next(filter(None, map(_text_fault, places)), ""):
+        raise _not_onnx(path, reason)
+    tensors = [place for place in places if isinstance(place.message, onnx.TensorProto)]
+    faults = [fault for tensor in tensors for fault in _faults(tensor, folder, str(path))]
+    del places, tensors
     if faults:
         raise DiagnosticError(faults[:MAX_REPORTED])
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir lets ValueError, KeyError, TypeError and its own through
         raise _not_onnx(path, first_line(error)) from error
+    _check_order(model, path)
+    _check_attributes(model, path)
     for value in (*model.graph.inputs, *model.graph.outputs):
         _forget_negative_dims(value)
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         ir.external_data.set_base_dir(graph, folder)
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _Mapped.like(value.const_value)
     return model
+
+
+class _Mapped(ir.ExternalTensor):
+    """External data whose pages leave memory with what was read; onnx_ir keeps them mapped."""
+
+    @classmethod
+    def like(cls, tensor: ir.ExternalTensor) -> _Mapped:
+        """The same data."""
+        place = tensor.location, tensor.offset, tensor.length, tensor.dtype
+        return cls(*place, shape=tensor.shape, name=tensor.name or "", base_dir=tensor.base_dir)
+
+    def numpy(self) -> NDArray[Any]:
+        return self._fresh().numpy()
+
+    def tobytes(self) -> bytes:
+        return self._fresh().tobytes()
+
+    def __array__(self, dtype: Any = None) -> NDArray[Any]:
+        return self._fresh().__array__(dtype)
+
+    def _fresh(self) -> ir.ExternalTensor:
+        place = self.location, self.offset, self.length, self.dtype
+        return ir.ExternalTensor(
+            *place, shape=self.shape, name=self.name or "", base_dir=self.base_dir
+        )
+
+
+def _check_order(model: ir.Model, path: Path) -> None:
+    """Sorts nodes where the file does not; onnx_ir makes up values that nothing makes.
+
+    Raises:
+        DiagnosticError: QN103 a value is taken that nothing makes, or that depends on itself.
+    """
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        taken = [value for node in graph.all_nodes() for value in node.inputs]
+        outputs = [value for part in (graph, *graph.subgraphs()) for value in part.outputs]
+        for value in (*taken, *outputs):
+            if value is not None and not _is_made(value):
+                raise _not_onnx(path, f"nothing makes `{value.name}`")
+        if not _is_sorted(graph, set()):
+            try:
+                graph.sort()
+            except ValueError as error:
+                raise _not_onnx(path, "its graph has a cycle") from error
+
+
+def _is_made(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+def _is_sorted(graph: ir.Graph, done: set[ir.Node]) -> bool:
+    """Whether each node comes behind those whose results it, or a graph within it, takes."""
+    for node in graph:
+        makers = (value.producer() for value in node.inputs if value is not None)
+        if any(maker is not None and maker not in done for maker in makers):
+            return False
+        if not all(_is_sorted(inner, done) for inner in _graphs_within(node)):
+            return False
+        done.add(node)
+    return True
+
+
+def _graphs_within(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _check_attributes(model: ir.Model, path: Path) -> None:
+    """Refuses attributes of another type than their operators have.
+
+    Raises:
+        DiagnosticError: QN103.
+    """
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            pair = node.op_type in _OF_BOTH_DOMAINS
+            domain = "" if pair or node.domain == "ai.onnx" else node.domain
+            version = 0 if pair else graph.opset_imports.get(domain, 0)  # old ones had no axis
+            kinds = _attribute_kinds(node.op_type, version, domain)
+            for name, attribute in node.attributes.items():
+                kind = kinds.get(name)
+                if kind is not None and attribute.type.value != kind:
+                    due = ir.AttributeType(kind).name
+                    found = f"has type {attribute.type.name}, {due} is due"
+                    raise _not_onnx(path, f"`{name}` of node `{node.name}` {found}")
+
+
+@lru_cache(maxsize=1024)
+def _attribute_kinds(op_type: str, version: int, domain: str) -> dict[str, int]:
+    """Attribute → number of its type; empty for an operator without an ONNX schema.
+
+    Of an opset that is not imported, or does not exist, the newest stands in.
+    """
+    newest = 2**31 - 1
+    version = version if 0 < version < newest else newest
+    if not onnx.defs.has(op_type, version, domain):
+        return {}
+    schema = onnx.defs.get_schema(op_type, version, domain)
+    return {name: int(item.type) for name, item in schema.attributes.items()}
 
 
 def _forget_negative_dims(value: ir.Value) -> None:
@@ -76,9 +196,14 @@ def _not_onnx(path: Path, reason: str) -> DiagnosticError:
 
 def _parse(path: Path) -> onnx.ModelProto:
     """The protobuf message, complete as far as can be told."""
-    if path.is_dir():
-        raise _not_onnx(path, "it is a folder")
     try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise _not_onnx(path, "it is a folder")
+        if not stat.S_ISREG(status.st_mode):  # /dev/zero has no end
+            raise _not_onnx(path, "it is not a plain file")
+        if status.st_size > _PROTOBUF_LIMIT:
+            raise _not_onnx(path, "it has more than the 2 GiB that protobuf can hold")
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
@@ -108,31 +233,41 @@ def _incomplete(proto: onnx.ModelProto) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    proto: onnx.TensorProto
+class _Place:
+    """A message within a model, and the name of the node that it belongs to."""
+
+    message: Any
     node: str
 
 
-def _tensors(message: Any, node: str = "") -> Iterator[_Tensor]:
-    """Every tensor anywhere in a message: initializers, sparse ones, attributes, functions.
+def _places(message: Any, node: str = "") -> Iterator[_Place]:
+    """Every message, itself first: graphs, nodes, tensors, attributes, functions.
 
     It follows the message types instead of listing places, so that none can be forgotten.
     """
-    if isinstance(message, onnx.TensorProto):
-        yield _Tensor(message, node)
-        return
     if isinstance(message, onnx.NodeProto):
-        node = message.name or message.op_type
+        node = str(message.name or message.op_type)
+    yield _Place(message, node)
     for field, value in message.ListFields():
         if field.type != field.TYPE_MESSAGE:
             continue
         for child in value if field.is_repeated else (value,):
-            yield from _tensors(child, node)
+            yield from _places(child, node)
 
 
-def _faults(tensor: _Tensor, folder: Path, file: str) -> Iterator[Diagnostic]:
+def _text_fault(place: _Place) -> str:
+    """A name that is not UTF-8, which protobuf hands out as bytes."""
+    for field, value in place.message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = value if field.is_repeated else (value,)
+            if any(isinstance(text, bytes) for text in texts):
+                return f"`{field.name}` of {place.node or 'the graph'} is not UTF-8"
+    return ""
+
+
+def _faults(tensor: _Place, folder: Path, file: str) -> Iterator[Diagnostic]:
     """What is wrong with one tensor: nothing, or one diagnostic."""
-    proto = tensor.proto
+    proto = tensor.message
     where = {"file": file, "node": tensor.node, "value": proto.name}
     size = _byte_size(proto)
     external = proto.data_location == onnx.TensorProto.EXTERNAL
@@ -144,6 +279,27 @@ def _faults(tensor: _Tensor, folder: Path, file: str) -> Iterator[Diagnostic]:
     elif proto.HasField("raw_data") and len(proto.raw_data) != size:
         reason = f"tensor `{proto.name}` has {len(proto.raw_data)} bytes of data, needs {size}"
         yield NotOnnx(reason).at(**where)
+    elif reason := _numbers_fault(proto):
+        yield NotOnnx(reason).at(**where)
+
+
+def _numbers_fault(proto: onnx.TensorProto) -> str:
+    """What is wrong with data that are listed as numbers, one or several codes in each."""
+    if proto.data_location == onnx.TensorProto.EXTERNAL:
+        return ""
+    name = onnx.helper.tensor_dtype_to_field(proto.data_type)
+    count = math.prod(int(dim) for dim in proto.dims)
+    if proto.data_type != onnx.TensorProto.STRING:
+        bits = int(ir.DataType(proto.data_type).bitwidth)
+        count = -(-count * bits // 8) if bits < 8 else count * (1 + (proto.data_type in _COMPLEX))
+    raw = proto.HasField("raw_data")
+    sizes = {field: len(getattr(proto, field)) for field in _NUMBER_FIELDS}
+    wanted = dict.fromkeys(_NUMBER_FIELDS, 0) | ({} if raw else {name: count})
+    if sizes == wanted:
+        return ""
+    found = ", ".join(f"{size} in {field}" for field, size in sizes.items() if size) or "none"
+    due = "raw data alone" if raw else f"{count} in {name}"
+    return f"tensor `{proto.name}` has these numbers: {found}; due are {due}"
 
 
 def _byte_size(proto: onnx.TensorProto) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import zipfile
@@ -12,10 +13,12 @@ from pydoc_data.topics import topics
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.rules import CalibrationUnreadable, MissingFile
+from qnpu.models.paths import exists, is_folder
 from qnpu.models.quiet import quiet, require
 
 Split = Literal["calibration", "evaluation"]
@@ -46,7 +49,7 @@ def read_text(source: str | None, *, split: Split) -> tuple[str, str]:
         return built_in_text(split), f"CPython {platform.python_version()} help topics, {split}"
     path = Path(source)
     dataset = KNOWN_DATASETS.get(source, source)
-    is_file = path.exists() or path.suffix.lower() in _TEXT_SUFFIXES
+    is_file = exists(path) or path.suffix.lower() in _TEXT_SUFFIXES
     if not is_file and _DATASET.fullmatch(dataset):
         text, description = _dataset_text(dataset, split)
     else:
@@ -130,13 +133,14 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
         DiagnosticError: QN102 no such file; QN302 not an .npz, cut short, pickled, or empty.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise DiagnosticError(MissingFile(str(path)).at(file=str(path)))
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise _unreadable(str(path), "is one bare array, not an .npz of named arrays")
         with loaded:
+            _check_sizes(path)
             arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(str(path), f"is not a readable .npz: {first_line(error)}") from error
@@ -145,19 +149,47 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def _check_sizes(path: Path) -> None:
+    """Before memory is taken for arrays, of which a few bytes can promise any number.
+
+    Raises:
+        DiagnosticError: QN302 an array has fewer bytes than it says, or all do not fit into memory.
+        OSError, ValueError, EOFError: it is no .npz.
+    """
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read = _HEADERS.get(version, np.lib.format.read_array_header_2_0)
+                shape, _, dtype = read(file)
+                needed, held = math.prod(shape) * dtype.itemsize, entry.file_size - file.tell()
+            if needed > held:
+                name = entry.filename.removesuffix(".npy")
+                raise _unreadable(str(path), f"has {held} bytes of `{name}`, which needs {needed}")
+            total += needed
+    free = psutil.virtual_memory().available
+    if total > free:
+        sizes = f"takes {total / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+        raise _unreadable(str(path), sizes)
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
+
+
 def _squeezed(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
 def _file_text(path: Path) -> str:
-    if path.is_dir():
+    if is_folder(path):
         raise _unreadable(str(path), "is a folder")
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
     except UnicodeDecodeError as error:
         raise _unreadable(str(path), f"is not UTF-8 at byte {error.start}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DiagnosticError(MissingFile(str(path)).at(file=str(path))) from error
 
 
 def _dataset_text(dataset: str, split: Split) -> tuple[str, str]:

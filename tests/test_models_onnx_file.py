@@ -72,6 +72,7 @@ def test_external_weights_survive_a_change_of_folder(
     tensor = model.graph.initializers["w"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     np.testing.assert_array_equal(tensor.numpy(), values[2:])
+    assert tensor.tobytes() == values[2:].tobytes()
 
 
 def test_external_tensor_of_a_function_is_found_in_its_folder(tmp_path: Path) -> None:

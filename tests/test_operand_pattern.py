@@ -92,6 +92,7 @@ def test_what_made_an_operand() -> None:
     assert fitting(CHAIN, "* from=Softmax") == ["Softmax", "Sub"]
     assert fitting(CHAIN, "* from=Softmax/Sub") == []
     assert fitting(CHAIN, "* from=Softmax/*") == []
+    assert fitting(CHAIN, "* from=Softmax/1:Exp") == []  # which has one input
     assert fitting(CHAIN, "* fed") == ["Softmax", "Sub"]
     (_, last) = operations(parse(CHAIN.replace("Sub(xd, pd)", "Sub(pd, xd)")).graph)
     assert not pattern_of("* from=Softmax").fits(last.present[1])

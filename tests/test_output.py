@@ -16,6 +16,7 @@ from qnpu.compiler import output
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.output import (
     REPORT_NAME,
+    check_folder,
     check_overwrite,
     hash_file,
     save_model,
@@ -232,3 +233,80 @@ def test_weights_read_from_elsewhere_are_stored_inside(tmp_path: Path) -> None:
     for path in source.iterdir():
         path.unlink()
     assert run(open_session(tmp_path / "m.onnx"), None, {"x": normal(1, 8)})[0].shape == (1, 8)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_moves_that_were_cut_off_are_brought_to_an_end(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two renames: the next compile finds a whole result, not a mixture."""
+    write_outputs(tmp_path, {"a": text("old"), "b": text("old")}, {"n": 1})
+    write_outputs(tmp_path / "other", {"a": text("new"), "b": text("new")}, {"n": 2})
+    expected = contents(tmp_path / "other")
+    for path in (tmp_path / "other").iterdir():
+        path.unlink()
+    (tmp_path / "other").rmdir()
+    _cut_off(tmp_path, moves, monkeypatch)
+    assert any(name.startswith(".qnpu-ready-") for name in contents(tmp_path)) == (moves < 3)
+    check_overwrite(tmp_path, ["a", "b", REPORT_NAME])
+    assert contents(tmp_path) == expected
+    write_outputs(tmp_path, {"a": text("newer"), "b": text("newer")}, {})
+    assert (tmp_path / "b").read_text() == "newer"
+
+
+def test_moves_that_were_cut_off_replace_nothing_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_outputs(tmp_path, {"a": text("old"), "b": text("old")}, {})
+    _cut_off(tmp_path, 1, monkeypatch)
+    (tmp_path / "b").write_text("edited")
+    before = contents(tmp_path)
+    with pytest.raises(DiagnosticError) as caught:
+        check_overwrite(tmp_path, ["a", "b"])
+    assert caught.value.codes == ["QN902"]
+    assert contents(tmp_path) == before
+
+
+def _cut_off(folder: Path, moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes new results, but comes only so far with moving them."""
+    real, done = Path.replace, 0
+
+    def replace(source: Path, target: Path) -> Path:
+        nonlocal done
+        if done == moves:
+            raise Killed
+        done += 1
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        if moves < 3:
+            with pytest.raises(Killed):
+                write_outputs(folder, {"a": text("new"), "b": text("new")}, {"n": 2})
+        else:
+            write_outputs(folder, {"a": text("new"), "b": text("new")}, {"n": 2})
+
+
+@pytest.mark.parametrize("target", ["gone", "out"])
+def test_a_folder_that_is_a_link_to_nowhere(target: str, tmp_path: Path) -> None:
+    """Found before the work; ``out`` links to itself."""
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(DiagnosticError) as caught:
+        check_folder(tmp_path / "out")
+    assert caught.value.codes == ["QN901"]
+
+
+def test_a_link_to_what_an_earlier_compile_wrote_is_replaced_not_its_target(
+    tmp_path: Path,
+) -> None:
+    write_outputs(tmp_path / "out", {"a": text("old")}, {})
+    (tmp_path / "out" / "a").rename(tmp_path / "kept")
+    (tmp_path / "out" / "a").symlink_to(tmp_path / "kept")
+    write_outputs(tmp_path / "out", {"a": text("new")}, {})
+    assert (tmp_path / "kept").read_text() == "old"
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert not (tmp_path / "out" / "a").is_symlink()

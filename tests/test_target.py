@@ -88,6 +88,11 @@ def write(folder: Path, monkeypatch: pytest.MonkeyPatch, **profiles: str) -> Non
         'id = "new"\n[[rules]]\nops = ["Relu"]\nverdict = "good"',
         'id = "new"\n[[rules]]\nops = ["Relu"]\nverdict = "int"\ninputs = [["u8 wide"]]',
         'id = "new"\ninherits = "nothing"',
+        'id = "new"\ninherits = "new"',
+        'id = "new"\ninherits = ["new"]',
+        'id = "new"\nrules = 3',
+        "id = " + "[" * 50_000,
+        "id = " + "9" * 5000,
         'id = ""',
         "id = new",
     ],
@@ -96,6 +101,15 @@ def test_faults_of_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, te
     write(tmp_path, monkeypatch, new=text)
     with pytest.raises(DiagnosticError) as caught:
         load_target("new")
+    assert caught.value.codes == ["QN503"]
+
+
+def test_profiles_that_inherit_from_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, monkeypatch, a='id = "a"\ninherits = "b"', b='id = "b"\ninherits = "a"')
+    with pytest.raises(DiagnosticError) as caught:
+        load_target("a")
     assert caught.value.codes == ["QN503"]
 
 
