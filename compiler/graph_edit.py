@@ -10,6 +10,13 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.stored_tensors import STORED_BYTES, stored_tensor
+
+# Types of whole bytes, which NumPy holds as files do.
+_WHOLE_TYPES = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16}
+)
+
 
 def name_of(item: ir.Value | ir.Node) -> str:
     """The name of a value or node; empty where it has none."""
@@ -25,7 +32,8 @@ def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Registers a new initializer under ``name`` or, where taken, ``name_1``, ``name_2`` …"""
-    return register_tensor(graph, ir.tensor(array, name=unique_initializer_name(graph, name)))
+    tensor = stored_tensor(array, name=unique_initializer_name(graph, name))
+    return register_tensor(graph, tensor)
 
 
 def register_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -47,7 +55,7 @@ def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
 
 def set_constant(value: ir.Value, array: NDArray[Any]) -> None:
     """Gives an initializer new data. The old tensor stays whole for whoever else holds it."""
-    tensor = ir.tensor(array, name=value.name)
+    tensor = stored_tensor(array, name=value.name)
     value.const_value = tensor
     value.shape = shape_of(tensor)
 
@@ -137,7 +145,7 @@ class GraphEditor:
         self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
     ) -> ir.Value:
         """A new initializer."""
-        return register_tensor(self.graph, ir.tensor(array, dtype=dtype, name=self.free_name(name)))
+        return register_tensor(self.graph, stored_tensor(array, dtype, self.free_name(name)))
 
     def node(
         self,
@@ -256,6 +264,7 @@ def subgraph_proto(
     inputs: Sequence[ir.Value],
     outputs: Sequence[ir.Value],
     model: ir.Model,
+    outside: dict[str, ir.TensorProtocol] | None = None,
 ) -> onnx.ModelProto:
     """A model of some nodes of a graph, with copies of the initializers they use.
 
@@ -264,6 +273,8 @@ def subgraph_proto(
         inputs: values the nodes take from outside; typed.
         outputs: values to return.
         model: where opsets and IR version come from.
+        outside: takes up large initializers by name, for ``open_session``; the model then holds
+            their types and shapes alone.
     """
     initializers: dict[str, ir.Value] = {}
     for node in nodes:
@@ -275,7 +286,7 @@ def subgraph_proto(
         "segment",
         [ir.serde.serialize_value(value) for value in inputs],
         [ir.serde.serialize_value(value) for value in outputs],
-        [_tensor_proto(name, value) for name, value in initializers.items()],
+        [_tensor_proto(name, value, outside) for name, value in initializers.items()],
     )
     opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()]
     functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
@@ -284,13 +295,16 @@ def subgraph_proto(
     )
 
 
-def _tensor_proto(name: str, value: ir.Value) -> onnx.TensorProto:
+def _tensor_proto(
+    name: str, value: ir.Value, outside: dict[str, ir.TensorProtocol] | None
+) -> onnx.TensorProto:
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"initializer {name} has no data")
-    return onnx.TensorProto(
-        name=name,
-        data_type=tensor.dtype.value,
-        dims=tensor.shape.numpy(),
-        raw_data=tensor.tobytes(),
-    )
+    dims = tensor.shape.numpy()
+    proto = onnx.TensorProto(name=name, data_type=tensor.dtype.value, dims=dims)
+    if outside is None or tensor.dtype not in _WHOLE_TYPES or tensor.nbytes < STORED_BYTES:
+        proto.raw_data = tensor.tobytes()
+        return proto
+    outside[name] = tensor
+    return proto

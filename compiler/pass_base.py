@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -80,6 +81,7 @@ class Compilation:
         diagnostics: warnings and notes; errors are raised.
         learning: filled by learn-scales, in order.
         legalized: filled by legalize-target, in order.
+        seconds: pass name → wall time, of those that ran.
         stage: what the last pass produced.
     """
 
@@ -92,6 +94,7 @@ class Compilation:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     learning: list[LearningPoint] = field(default_factory=list)
     legalized: list[Legalized] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     stage: Stage = Stage.FLOAT
 
     @property
@@ -158,7 +161,10 @@ def run_passes(
     check_order(passes)
     counts: dict[str, int] = {}
     for item in passes:
+        started = time.perf_counter()
         counts[item.name] = item.run(compilation)
         compilation.stage = item.produces
         after_pass(item)
+        taken = time.perf_counter() - started
+        compilation.seconds[item.name] = compilation.seconds.get(item.name, 0.0) + taken
     return counts

@@ -179,7 +179,8 @@ class Encoding:
         scale, zero = self._broadcast(real.ndim)
         # 2^31 - 1 is no float32: codes of biases are made, and clipped, in double precision.
         work = np.float64 if self.spec.bits == 32 else np.float32
-        codes = np.asarray(np.rint(np.divide(real, scale, dtype=work)))
+        codes = np.asarray(np.divide(real, scale, dtype=work))
+        np.rint(codes, out=codes)
         codes += zero
         np.clip(codes, self.spec.q_min, self.spec.q_max, out=codes)
         if self.spec.bits == 4:  # ml_dtypes converts from int8, not from float, without a detour

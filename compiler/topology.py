@@ -17,8 +17,10 @@ from qnpu.compiler.graph_edit import (
     add_initializer,
     constant_array,
     last_dimension,
+    like,
     name_of,
     static_shape,
+    unique_initializer_name,
 )
 from qnpu.compiler.op_traits import (
     Linear,
@@ -233,10 +235,13 @@ def is_tied(linear: Linear) -> bool:
 
 def untie(graph: ir.Graph, linear: Linear) -> Linear:
     """Gives a tied linear a weight of its own, of the same data; any other is returned as it is."""
-    data = constant_array(linear.weight)
+    data = linear.weight.const_value
     if data is None or not is_tied(linear):
         return linear
-    weight = add_initializer(graph, f"{name_of(linear.weight)}_untied", data)
+    name = unique_initializer_name(graph, f"{name_of(linear.weight)}_untied")
+    weight = like(linear.weight, name)
+    weight.const_value = data
+    graph.register_initializer(weight)
     linear.node.replace_input_with(list(linear.node.inputs).index(linear.weight), weight)
     return replace(linear, weight=weight)
 

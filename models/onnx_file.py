@@ -179,7 +179,8 @@ def _attribute_kinds(op_type: str, version: int, domain: str) -> dict[str, int]:
     if not onnx.defs.has(op_type, version, domain):
         return {}
     schema = onnx.defs.get_schema(op_type, version, domain)
-    return {name: int(item.type) for name, item in schema.attributes.items()}
+    kinds: dict[str, Any] = {name: item.type for name, item in schema.attributes.items()}
+    return {name: int(kind) for name, kind in kinds.items()}
 
 
 def _forget_negative_dims(value: ir.Value) -> None:

@@ -30,6 +30,7 @@ from qnpu.compiler.graph_edit import (
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.rules import UnsupportedOpset
+from qnpu.compiler.stored_tensors import transposed_tensor
 from qnpu.runtime_check.session import open_session
 
 OPSET = 23
@@ -37,6 +38,9 @@ _IR_VERSION = 11
 # Folding reads and writes at most this many elements per node: a mask or rotary table of a long
 # context, but not an expanded embedding.
 _FOLD_ELEMENTS = 2**24
+# Up to so many elements initializers are compared by all their bytes at once.
+_SMALL_ELEMENTS = 2**14
+_SAMPLE_ELEMENTS = 256
 _MAX_ROUNDS = 8
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0, "Max": -np.inf, "Min": np.inf}
 
@@ -105,7 +109,8 @@ def _simplify(model: ir.Model) -> int:
     _forget_dead_branches(graph)
     for clean in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(size_limit=_FOLD_ELEMENTS),
+        common.DeduplicateInitializersPass(size_limit=_SMALL_ELEMENTS),
+        _ShareLargeInitializers(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
@@ -117,6 +122,41 @@ def _simplify(model: ir.Model) -> int:
             value.shape = shape_of(value.const_value)
     common.ShapeInferencePass(strict_mode=False, check_type=False)(model)
     return changes + before - graph.num_nodes()
+
+
+_Held = tuple[ir.Value, ir.TensorProtocol]
+
+
+class _ShareLargeInitializers(ir.passes.InPlacePass):
+    """Makes one of initializers of equal bytes, without holding the bytes of all."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        shared = [_share_large(graph) for graph in model.graphs()]
+        return ir.passes.PassResult(model, any(shared))
+
+
+def _share_large(graph: ir.Graph) -> bool:
+    """All of a sample's bytes come first; only where they are equal the others do."""
+    known: dict[tuple[ir.DataType, tuple[int, ...], bytes], list[_Held]] = {}
+    before = len(graph.initializers)
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or not _SMALL_ELEMENTS < tensor.size <= _FOLD_ELEMENTS:
+            continue
+        if tensor.dtype.is_string() or value.is_graph_input() or value.is_graph_output():
+            continue
+        sample = tensor.numpy().flat[:_SAMPLE_ELEMENTS].tobytes()
+        alike = known.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), sample), [])
+        same = (
+            kept for kept, held in alike if held is tensor or held.tobytes() == tensor.tobytes()
+        )
+        twin = next(same, None)
+        if twin is None:
+            alike.append((value, tensor))
+        else:
+            value.replace_all_uses_with(twin)
+            del graph.initializers[name]
+    return len(graph.initializers) < before
 
 
 def _forget_dead_branches(graph: ir.Graph) -> None:
@@ -164,7 +204,7 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 
 def _transpose_weight(graph: ir.Graph, node: ir.Node) -> int:
-    """Transpose(initializer) → initializer. NumPy transposes by stride: no bytes move."""
+    """Transpose(initializer) → initializer, by stride when it is read: no bytes move."""
     if node.op_type != "Transpose" or not is_standard(node):
         return 0
     source, output = node.inputs[0], node.outputs[0]
@@ -172,7 +212,7 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> int:
         return 0
     order = node.attributes.get_ints("perm", tuple(reversed(range(len(source.const_value.shape)))))
     name = name_of(output)
-    tensor = ir.tensor(source.const_value.numpy().transpose(order), name=name)
+    tensor = transposed_tensor(source.const_value, list(order), name)
     output.name = None
     value = ir.Value(name=name, type=output.type, shape=shape_of(tensor), const_value=tensor)
     graph.register_initializer(value)

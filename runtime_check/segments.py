@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
+import psutil
 
+from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import name_of, static_shape, subgraph_proto
+from qnpu.compiler.rules import GraphDoesNotRun
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 SEGMENT_BYTES = 64 * 2**20
 _CROSSING_BYTES = 16 * 2**20
 _MOST_LIMITS = 8
+_MOST_NODES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,11 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
     Between half the limit and the limit, the cut is where the fewest bytes cross: between decoder
     layers rather than within an attention. What crosses is held for all batches, so a segment goes
     past the limit, eightfold at most, rather than have more than 16 MiB cross (logits between
-    MatMul, QuantizeLinear and DequantizeLinear). A single node may exceed it. Dimensions that are
-    not static count as one. A weight is dequantized in every segment that uses it, rather than
-    carried there as float. Codes of less than a byte never cross: NumPy cannot hold what ONNX
-    Runtime makes of them.
+    MatMul, QuantizeLinear and DequantizeLinear). A single node may exceed it. Behind 1,000 nodes it
+    is full whatever their outputs take: statistics of each hold half a megabyte until its end.
+    Dimensions that are not static count as one. A weight is dequantized in every segment that uses
+    it, rather than carried there as float. Codes of less than a byte never cross: NumPy cannot hold
+    what ONNX Runtime makes of them.
     """
     nodes = [node for node in graph if not _dequantizes_weight(node)]
     crossing = _crossing(nodes, _bytes)
@@ -73,10 +78,13 @@ def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
         held, best = 0, start
         for index in range(start, len(nodes)):
             held += sum(_bytes(v) for v in nodes[index].outputs)
-            full = held > limit and crossing[best] <= _CROSSING_BYTES
-            if index > start and (full or held > limit * _MOST_LIMITS):
+            count = index - start
+            full = held > limit or count > _MOST_NODES
+            full = full and crossing[best] <= _CROSSING_BYTES
+            if count and (full or held > limit * _MOST_LIMITS):
                 break
-            if held <= limit // 2 or crossing[index] <= crossing[best]:
+            half = held <= limit // 2 and count <= _MOST_NODES // 2
+            if half or crossing[index] <= crossing[best]:
                 best = index
         while uncuttable[best]:
             best += 1
@@ -142,6 +150,16 @@ def _is_packed(value: ir.Value) -> int:
     return int(value.dtype is not None and value.dtype.bitwidth < 8)
 
 
+def _check_memory(graph: ir.Graph) -> None:
+    """A few bytes of graph can ask for terabytes; the system would end the process, or others."""
+    free = psutil.virtual_memory().available
+    for value in (value for node in graph for value in node.outputs):
+        if _bytes(value) > free:
+            sizes = f"it takes {_bytes(value) / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+            reason = f"no memory for `{value.name}`: {sizes}"
+            raise DiagnosticError(GraphDoesNotRun(reason).at(value=name_of(value)))
+
+
 class SegmentRunner:
     """Streams the values of a graph, segment by segment.
 
@@ -149,11 +167,15 @@ class SegmentRunner:
         model: typed, topologically sorted.
         batches: one feed dictionary per batch.
         limit: bytes of activations per segment.
+
+    Raises:
+        DiagnosticError: QN116 one value alone takes more memory than is free.
     """
 
     def __init__(
         self, model: ir.Model, batches: Sequence[Feeds], limit: int = SEGMENT_BYTES
     ) -> None:
+        _check_memory(model.graph)
         self._model = model
         self._crossing: list[Feeds] = [dict(feeds) for feeds in batches]
         self.segments = cut_segments(model.graph, limit)
@@ -179,8 +201,10 @@ class SegmentRunner:
     def _run_segment(
         self, segment: Segment, outputs: dict[str, ir.Value], wanted: set[str]
     ) -> Iterator[SegmentRun]:
-        proto = subgraph_proto(segment.nodes, segment.takes, list(outputs.values()), self._model)
-        session = open_session(proto, Mode.REFERENCE)
+        weights: dict[str, ir.TensorProtocol] = {}
+        taken_in, handed_out = segment.takes, list(outputs.values())
+        proto = subgraph_proto(segment.nodes, taken_in, handed_out, self._model, weights)
+        session = open_session(proto, Mode.REFERENCE, weights)
         del proto
         names = list(outputs)
         for batch, feeds in enumerate(self._crossing):

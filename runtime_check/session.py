@@ -11,9 +11,10 @@ import enum
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.integer_cpu import MARK, Cpu
 from qnpu.compiler.rules import CpuSaturates, GraphDoesNotRun
 
+_PAGE = 4096
 _LOGGER = logging.getLogger(__name__)
 
 Array = NDArray[Any]
@@ -64,7 +66,9 @@ def session_options(mode: Mode) -> ort.SessionOptions:
 
 
 def open_session(
-    model: Path | onnx.ModelProto | ir.Model, mode: Mode = Mode.REFERENCE
+    model: Path | onnx.ModelProto | ir.Model,
+    mode: Mode = Mode.REFERENCE,
+    weights: Mapping[str, ir.TensorProtocol] = MappingProxyType({}),
 ) -> ort.InferenceSession:
     """Opens a CPU session.
 
@@ -72,6 +76,8 @@ def open_session(
         model: a path (external data is found beside it), or a model in memory. One of 2 GB or more
             goes through a temporary file.
         mode: see ``Mode``.
+        weights: of a model in memory, initializers that it only names, of whole bytes. They go
+            through a temporary file, which ONNX Runtime maps.
 
     Raises:
         DiagnosticError: QN116 where ONNX Runtime refuses the graph, QN403 where it would multiply
@@ -83,6 +89,8 @@ def open_session(
             session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         elif isinstance(model, ir.Model):
             session = _open_in_memory(model, options)
+        elif weights:
+            session = _open_with_weights(model, weights, options)
         else:
             session = ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -138,6 +146,28 @@ def _open_in_memory(model: ir.Model, options: ort.SessionOptions) -> ort.Inferen
     with tempfile.TemporaryDirectory(prefix="qnpu-") as folder:
         path = Path(folder, "model.onnx")
         ir.save(model, path, external_data="model.data")
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _open_with_weights(
+    model: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol], options: ort.SessionOptions
+) -> ort.InferenceSession:
+    """One weight is in memory at a time; of a serialized model there would be several copies."""
+    with tempfile.TemporaryDirectory(prefix="qnpu-") as folder:
+        path, data = Path(folder, "model.onnx"), Path(folder, "model.data")
+        with data.open("wb") as file:
+            for initializer in model.graph.initializer:
+                if initializer.name not in weights:
+                    continue
+                file.seek(-(-file.tell() // _PAGE) * _PAGE)
+                place = {"location": data.name, "offset": file.tell()}
+                array = weights[initializer.name].numpy()
+                place["length"] = file.write(np.ascontiguousarray(array).data)
+                del array  # its pages go before the next one's come
+                initializer.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    initializer.external_data.add(key=key, value=str(value))
+        path.write_bytes(model.SerializeToString())
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
@@ -401,3 +402,23 @@ def test_the_result_is_the_same_each_time() -> None:
         apply(Canonicalize(), model)
         results.append(model_to_text(model))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("place", [None, 0, 19_999])
+def test_large_weights_of_equal_bytes_become_one(place: int | None) -> None:
+    model = parse(
+        """
+        g (float[2, 1] x, float[1, 20000] a, float[1, 20000] b) => (float[2, 20000] y)
+        { c = MatMul(x, a)  d = MatMul(x, b)  e = Exp(d)  y = Add(c, e) }
+        """
+    )
+    first = normal(1, 20_000)
+    second = first.copy()
+    if place is not None:
+        second[0, place] += 1
+    for value, array in zip(list(model.graph.inputs)[1:], (first, second), strict=True):
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    apply(Canonicalize(), model)
+    assert set(model.graph.initializers) == ({"a"} if place is None else {"a", "b"})

@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_edit import name_of, register_tensor, static_shape
+from qnpu.compiler.stored_tensors import stored_tensor
 from qnpu.runtime_check.segments import SegmentRunner, cut_segments
 from qnpu.runtime_check.session import Feeds, open_session
 from tests.conftest import Array, normal, parse, run_model
@@ -203,3 +204,20 @@ def test_a_large_tensor_is_not_cut_off_from_its_use() -> None:
     taken = {name_of(value) for segment in segments for value in segment.takes}
     assert {"b", "c"}.isdisjoint(taken)
     assert len(segments) > 1
+
+
+def test_large_weights_of_any_layout() -> None:
+    model = parse(
+        """
+        g (float[2, 600] x, float[600, 700] w, float[700, 500] v) => (float[2, 500] y)
+        { a = MatMul(x, w)  y = MatMul(a, v) }
+        """
+    )
+    arrays = {"w": normal(600, 700), "v": normal(500, 700).T}
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = stored_tensor(arrays[value.name or ""], name=value.name)
+        model.graph.register_initializer(value)
+    x = normal(2, 600)
+    (step,) = SegmentRunner(model, [{"x": x}]).stream({"y"})
+    np.testing.assert_allclose(step.values["y"], x @ arrays["w"] @ arrays["v"], atol=1e-2)

@@ -48,6 +48,18 @@ def test_every_form_gives_the_same_numbers(form: str, mode: Mode, tmp_path: Path
     np.testing.assert_allclose(y, x @ np.arange(1, 9, dtype=np.float32).reshape(4, 2), rtol=1e-6)
 
 
+def test_weights_beside_a_proto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    proto = ir.to_proto(parse(TEXT))
+    for field in ("raw_data", "float_data"):
+        proto.graph.initializer[0].ClearField(field)
+    array = normal(2, 4).T  # as a transposed weight is held
+    session = open_session(proto, weights={"w": ir.tensor(array), "unknown": ir.tensor(array)})
+    assert not list(tmp_path.iterdir())
+    x = normal(1, 4)
+    np.testing.assert_allclose(run(session, ["y"], {"x": x})[0], x @ array, rtol=1e-6)
+
+
 def test_opening_leaves_the_model_alone() -> None:
     model = parse(TEXT)
     tensor = model.graph.initializers["w"].const_value
