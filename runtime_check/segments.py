@@ -213,6 +213,8 @@ class SegmentRunner:
             for value in segment.hands_on:
                 feeds[name_of(value)] = values[name_of(value)]
             last = batch == len(self._crossing) - 1
+            if last:
+                del session  # whoever looks at the values may open another meanwhile
             yield SegmentRun(batch, last, {n: a for n, a in values.items() if n in wanted})
 
     def _drop_dead(self, index: int) -> None:

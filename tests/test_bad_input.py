@@ -215,7 +215,13 @@ CASES = [
     ),
     Case("dynamic dimension", "QN101", build=_with(graph(x=["rows", 4]))),
     Case("shapes do not fit", "QN116", build=_with(graph(x=[1, 5]), x=np.ones((2, 5), np.float32))),
-    Case("already quantized", "QN503", build=_with(graph(node("QuantizeLinear", "x", "s")))),
+    Case(
+        "already quantized",
+        "QN503",
+        build=_with(
+            graph(node("QuantizeLinear", "x", "s"), constants={"s": np.ones((), np.float32)})
+        ),
+    ),
     Case(
         "activation becomes infinite",
         "QN304",

@@ -153,7 +153,7 @@ def test_every_manual_page_has_its_four_sections(rule: type[Rule]) -> None:
 @pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: rule.code)
 def test_messages(rule: type[Rule]) -> None:
     """One sentence each, without a full stop, that says all that the fields say."""
-    samples: dict[str, Any] = {"int": 3, "float": 0.5, "str": "something"}
+    samples: dict[str, Any] = {"int": 3, "float": 0.5, "float | None": 0.5, "str": "something"}
     fields = {field.name: samples[str(field.type)] for field in dataclasses.fields(rule)}
     item = rule(**fields)
     for text in (item.message(), item.help()):
