@@ -25,10 +25,10 @@ from tests.decoders import LENGTH, canonical, some_tokens
 WINDOWS = TokenWindows(np.random.default_rng(7).integers(0, 257, (12, LENGTH)))
 
 
-def encoded(scheme: str, architecture: str = "llama") -> Compilation:
+def encoded(scheme: str, architecture: str = "llama", block: int = 0) -> Compilation:
     """A tiny decoder with encodings and nearest codes."""
     compilation = Compilation(canonical(architecture))
-    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest")
+    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", weight_block=block)
     passes = default_passes(config, WINDOWS)
     wanted = [item for item in passes if item.produces in (Stage.PLANNED, Stage.ENCODED)]
     rotations = [item for item in passes if item.name in ("fold-norm-scale", "fuse-rotation")]
@@ -199,3 +199,44 @@ def test_other_scales_are_not_rounded() -> None:
     table = compilation.encodings
     chosen = [name_of(x.weight) for x in linears(compilation) if table.has_codes(name_of(x.weight))]
     assert all(odd_part(float(table[name].scale[0])) > 1 << 10 for name in chosen)
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_blocks_get_whole_scales_and_codes_within_them(nearest: bool) -> None:
+    compilation = encoded("w4a16", block=16)
+    table, model = compilation.encodings, compilation.model
+    batches = [some_tokens(model, seed=seed) for seed in range(100, 104)]
+    expected = [run_model(model, feeds)[0] for feeds in batches]
+
+    def error() -> float:
+        found = [quantized_logits(compilation, feeds) for feeds in batches]
+        return float(np.mean([(a - b) ** 2 for a, b in zip(found, expected, strict=True)]))
+
+    before = error()
+    assert RoundWeights(WINDOWS, nearest=nearest).run(compilation) == 14
+    assert error() < 1.1 * before
+    for linear in linears(compilation):
+        encoding, array = table[name_of(linear.weight)], constant_array(linear.weight)
+        if encoding.spec.bits > 4:
+            continue
+        assert array is not None
+        assert encoding.block_scales is not None
+        assert encoding.block_scales.shape == (array.shape[0] // 16, array.shape[1])
+        codes = table.quantize(name_of(linear.weight), array)
+        assert int(np.abs(encoding.integers(codes)).max()) <= 105
+        if nearest:
+            np.testing.assert_array_equal(codes, encoding.quantize(array))
+        else:
+            assert (codes != encoding.quantize(array)).any()
+
+
+def test_blocks_lose_less_than_channels() -> None:
+    """On random weights, whose sizes hardly differ along a channel."""
+    found = {}
+    for block in (0, 16):
+        compilation = encoded("w4a16", block=block)
+        feeds = some_tokens(compilation.model, seed=100)
+        expected = run_model(compilation.model, feeds)[0]
+        RoundWeights(WINDOWS).run(compilation)
+        found[block] = float(np.mean((quantized_logits(compilation, feeds) - expected) ** 2))
+    assert found[16] < 0.9 * found[0]
