@@ -382,7 +382,7 @@ def check_blocks(size: int, target: TargetProfile) -> None:
     """Whether a target has 4-bit weights in blocks of a size.
 
     Raises:
-        DiagnosticError: QN510 it has not.
+        DiagnosticError: QN543 it has not.
     """
     if size not in target.weight_blocks:
         sizes = ", ".join(map(str, target.weight_blocks))

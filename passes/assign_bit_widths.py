@@ -82,7 +82,7 @@ class AssignBitWidths(Pass):
     take what 8 bits cannot hold, and hands out what its consumer asks for; its matrix is signed,
     8 bits, one scale for all of it, so that its codes are ±1.
     Weights are signed, symmetric, per output channel, or at 4 bits in blocks of input features
-    (LPBQ) where a MatMul takes them and the block divides their features (else QN511); the last
+    (LPBQ) where a MatMul takes them and the block divides their features (else QN544); the last
     linear's at ``head_bits``. Biases are 32 bits, derived from input and weight. An initializer
     used in two roles is given a second name; the data is not copied.
 
@@ -98,7 +98,7 @@ class AssignBitWidths(Pass):
 
     Raises:
         DiagnosticError: with ``promote``: QN107 a weight, QN304 such an input is NaN or infinite;
-            QN301, QN305 the data do not fit the graph's inputs. QN510 the target has no such
+            QN301, QN305 the data do not fit the graph's inputs. QN543 the target has no such
             blocks. QN540 something was chosen for a
             linear or cache that is not there.
 

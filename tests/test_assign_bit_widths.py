@@ -859,7 +859,7 @@ def test_weights_that_blocks_do_not_fit() -> None:
     assert found["w"] == IN_BLOCKS
     assert found["v"] == found["u"] == PER_CHANNEL
     (note,) = compilation.diagnostics
-    assert note.code == "QN511"
+    assert note.code == "QN544"
     assert "2 4-bit weights" in str(note)
     bits = compilation.bit_plan.choices.linears
     assert (bits["w"].weight_name, bits["v"].weight_name) == ("4b16", 4)
@@ -875,4 +875,4 @@ def test_a_plan_may_have_blocks_of_its_own() -> None:
 def test_a_plan_with_blocks_for_a_target_without() -> None:
     with pytest.raises(DiagnosticError) as caught:
         blocked(BLOCKED, target="xdna2")
-    assert caught.value.codes == ["QN510"]
+    assert caught.value.codes == ["QN543"]

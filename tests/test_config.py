@@ -172,8 +172,8 @@ def test_options_do_not_change() -> None:
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"scheme": "w8a16"}, "QN510"),
-        ({"target": "xdna2"}, "QN510"),
+        ({"scheme": "w8a16"}, "QN543"),
+        ({"target": "xdna2"}, "QN543"),
         ({"weight_block": 31}, "QN503"),
         ({"emit": ("encodings-0.6.1",)}, "QN314"),
         ({"plan": "bit_plan.json"}, "QN503"),

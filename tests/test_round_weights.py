@@ -14,6 +14,7 @@ from qnpu.compiler.op_traits import Linear, as_linear
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
 from qnpu.compiler.pipeline import default_passes
 from qnpu.compiler.scale_grid import odd_part, weight_factor
+from qnpu.compiler.target import load_target
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.round_weights import RoundWeights
 from qnpu.passes.snap_scales import SnapScales
@@ -27,7 +28,7 @@ WINDOWS = TokenWindows(np.random.default_rng(7).integers(0, 257, (12, LENGTH)))
 
 def encoded(scheme: str, architecture: str = "llama", block: int = 0) -> Compilation:
     """A tiny decoder with encodings and nearest codes."""
-    compilation = Compilation(canonical(architecture))
+    compilation = Compilation(canonical(architecture), load_target("onnxruntime"))
     config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", weight_block=block)
     passes = default_passes(config, WINDOWS)
     wanted = [item for item in passes if item.produces in (Stage.PLANNED, Stage.ENCODED)]
