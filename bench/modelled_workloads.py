@@ -22,7 +22,7 @@ from rich.table import Table
 
 from qnpu.compiler.bit_choices import LinearBits
 from qnpu.compiler.console import command
-from qnpu.compiler.cost_model import BlockBits, Cost, CostModel, ModelShape, Workload
+from qnpu.compiler.cost_model import Cost, CostModel, ModelShape, Workload
 from qnpu.compiler.target import load_target
 
 LLAMA_3_2_3B = ModelShape.llama(
@@ -85,7 +85,7 @@ def rows(
     """
     model = CostModel.of(load_target(target))
     shape = LLAMA_3_2_3B
-    in_blocks: dict[str, LinearBits] = {s.name: BlockBits(4, 16, block) for s in shape.linears}
+    in_blocks: dict[str, LinearBits] = {s.name: LinearBits(4, 16, block) for s in shape.linears}
     by_channel = {
         s.name: LinearBits(4, down_bits if s.role == "down" else 8) for s in shape.linears
     }

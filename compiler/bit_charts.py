@@ -517,7 +517,7 @@ def _draw_cell(axes: Axes, column: int, row: int, tensor: TensorBits, shade: Col
     axes.text(
         column + 0.5,
         row + 0.5,
-        str(tensor.bits),
+        tensor.label,
         color=_readable_on(shade),
         ha="center",
         va="center_baseline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,10 @@ FORMAT, VERSION = "qnpu-bit-plan", 2
 WEIGHT_BITS = (4, 8)
 INPUT_BITS = (4, 8, 16)
 KV_BITS = (8, 16)
+BLOCK_BITS = 4
+"""Of weights that may have blocks."""
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Features that may share a block scale (LPBQ)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,21 @@ class LinearBits:
     Attributes:
         weight: of W.
         input: of x; y has as many, but 8 at least.
+        block: input features that share a whole block scale (LPBQ); 0: one scale per channel.
     """
 
     weight: int
     input: int
+    block: int = 0
+
+    @property
+    def weight_name(self) -> int | str:
+        """Bits of W as a plan writes them: 4, 8, or 4b32 for 4 bits in blocks of 32."""
+        return f"{self.weight}b{self.block}" if self.block else self.weight
+
+    def to_json(self) -> dict[str, object]:
+        """A plain dictionary, as in bit_plan.json."""
+        return {"weight": self.weight_name, "input": self.input}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +62,22 @@ class BitChoices:
     def to_json(self) -> dict[str, object]:
         """Plain dictionaries, as in bit_plan.json."""
         return {
-            "linears": {name: asdict(bits) for name, bits in self.linears.items()},
+            "linears": {name: bits.to_json() for name, bits in self.linears.items()},
             "caches": dict(self.caches),
         }
+
+
+_WEIGHTS: dict[int | str, tuple[int, int]] = {
+    LinearBits(bits, 0, block).weight_name: (bits, block)
+    for bits, block in [*((b, 0) for b in WEIGHT_BITS), *((BLOCK_BITS, s) for s in BLOCK_SIZES)]
+}
+"""Bits of a weight as a plan writes them → bits, features of a block."""
 
 
 class _Linear(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    weight: int
+    weight: int | str
     input: int
 
 
@@ -93,17 +115,20 @@ def read_plan(path: Path) -> tuple[str, BitChoices]:
     if plan.format != FORMAT:
         raise _fault(path, f"`format` is {plan.format!r}, not {FORMAT!r}")
     for name, linear in plan.linears.items():
-        _check(path, f"linears.{name}.weight", linear.weight, WEIGHT_BITS)
+        _check(path, f"linears.{name}.weight", linear.weight, tuple(_WEIGHTS))
         _check(path, f"linears.{name}.input", linear.input, INPUT_BITS)
     for name, bits in plan.caches.items():
         _check(path, f"caches.{name}", bits, KV_BITS)
-    linears = {name: LinearBits(item.weight, item.input) for name, item in plan.linears.items()}
+    linears = {}
+    for name, linear in plan.linears.items():
+        weight, block = _WEIGHTS[linear.weight]
+        linears[name] = LinearBits(weight, linear.input, block)
     return plan.scheme, BitChoices(linears, plan.caches)
 
 
-def _check(path: Path, place: str, bits: int, known: tuple[int, ...]) -> None:
+def _check(path: Path, place: str, bits: int | str, known: tuple[int | str, ...]) -> None:
     if bits not in known:
-        raise _fault(path, f"`{place}` is {bits}, not one of {', '.join(map(str, known))}")
+        raise _fault(path, f"`{place}` is {bits!r}, not one of {', '.join(map(str, known))}")
 
 
 def _fault(path: Path, reason: str) -> DiagnosticError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qnpu.compiler.bit_choices import FORMAT, VERSION, BitChoices
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.quant_types import Granularity, PerChannel, QuantSpec
+from qnpu.compiler.quant_types import Granularity, PerBlock, PerTensor, QuantSpec
 from qnpu.compiler.rules import UnknownScheme
 
 SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
@@ -43,6 +43,8 @@ class Scheme:
         head_bits: weights of the last linear (lm_head).
         head_input_bits: its input.
         logits_bits: its result.
+        block: features of a weight of 4 bits that share a whole block scale (LPBQ); 0: one scale
+            per output channel.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Scheme:
     head_bits: int = 8
     head_input_bits: int = 8
     logits_bits: int = 16
+    block: int = 0
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -120,13 +123,18 @@ class BitPlan:
 
 
 def spec_to_json(spec: QuantSpec) -> dict[str, object]:
-    """A plain dictionary of a spec; ``axis`` is absent per tensor."""
+    """A plain dictionary of a spec; ``axis`` (of channels) is absent per tensor.
+
+    Of blocks ``block_axis`` and ``block_size`` are there besides.
+    """
     plain: dict[str, object] = {
         "bits": spec.bits,
         "signed": spec.signed,
         "symmetric": spec.symmetric,
     }
     granularity: Granularity = spec.granularity
-    if isinstance(granularity, PerChannel):
-        plain["axis"] = granularity.axis
+    if not isinstance(granularity, PerTensor):
+        plain["axis"] = granularity.channel_axis
+    if isinstance(granularity, PerBlock):
+        plain |= {"block_axis": granularity.axis, "block_size": granularity.size}
     return plain

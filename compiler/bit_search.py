@@ -27,6 +27,7 @@ class TensorBits:
             with ``input of`` in front (of the first linear that takes it), ``keys``, ``values``.
         bits: chosen.
         losses: bits → what quantizing this tensor alone to so many costs, nats per token.
+        block: of a weight, features that share a block scale; 0 for none.
     """
 
     name: str
@@ -34,6 +35,17 @@ class TensorBits:
     role: str
     bits: int
     losses: Mapping[int, float]
+    block: int = 0
+
+    @property
+    def label(self) -> str:
+        """Bits as a plan writes them: 4, or 4b32 for 4 bits in blocks of 32."""
+        return f"{self.bits}b{self.block}" if self.block else str(self.bits)
+
+    @property
+    def words(self) -> str:
+        """Bits in words."""
+        return f"{self.bits}, blocks of {self.block}" if self.block else str(self.bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,6 +258,13 @@ def _compile(
     logits_bits: Annotated[
         int | None, typer.Option(help="Results of the last linear: 8 or 16. Default: 16.")
     ] = None,
+    weight_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Input features that share a scale of 4-bit weights: 16, 32, 64 or 128 (LPBQ, for "
+            "qnn-htp). Default: 0, one scale per output channel."
+        ),
+    ] = None,
     promote: Annotated[
         float | None,
         typer.Option(
@@ -394,6 +401,7 @@ def _compile(
         "down_bits": down_bits,
         "query_bits": query_bits,
         "logits_bits": logits_bits,
+        "weight_block": weight_block,
         "promote": promote,
         "rotate": rotate,
         "rotate_caches": rotate_caches,

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from qnpu.compiler.bit_budget import DEFAULT_WORKLOAD, parse_budget, parse_workload
-from qnpu.compiler.bit_choices import WEIGHT_BITS, BitChoices, read_plan
+from qnpu.compiler.bit_choices import BLOCK_BITS, BLOCK_SIZES, WEIGHT_BITS, BitChoices, read_plan
 from qnpu.compiler.bit_plan import AUTO, CHOSEN_BITS, LEARNED_BITS, Scheme
 from qnpu.compiler.bit_search import SENSITIVITIES
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.emit import emission
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.prefix import parse_prefix
-from qnpu.compiler.rules import InvalidConfig
-from qnpu.compiler.target import DEFAULT_TARGET, load_target
+from qnpu.compiler.rules import InvalidConfig, NoWeightBlocks, UnwritableEncodings
+from qnpu.compiler.target import DEFAULT_TARGET, check_blocks, load_target
 from qnpu.compiler.toml_file import read_toml
 from qnpu.runtime_check.observer import RangeMethod
 
@@ -43,6 +43,8 @@ class CompileConfig:
         down_bits: bits of the inputs of down projections, 8 or 16.
         query_bits: bits of queries where scores are computed, 8 or 16.
         logits_bits: bits of the last linear's result, 8 or 16.
+        weight_block: features that share a whole block scale of a 4-bit weight (LPBQ): 16, 32, 64
+            or 128; 0: one scale per output channel.
         promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
             is 8: those that lose most at 8 bits.
         plan: a bit_plan.json, perhaps edited: bits of linears and caches; all else goes by the
@@ -102,6 +104,7 @@ class CompileConfig:
     down_bits: int = 16
     query_bits: int = 16
     logits_bits: int = 16
+    weight_block: int = 0
     promote: float = 0.0
     plan: str = ""
     budget: str = ""
@@ -163,6 +166,7 @@ class CompileConfig:
         if self.plan and (self.promote or self.down_bits == 8):
             _fail("plan", "says itself which inputs get 16 bits: no promote, no down_bits")
         self._check_search()
+        self._check_blocks()
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "seqmse", "nearest"])
         _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
@@ -229,6 +233,23 @@ class CompileConfig:
         if self.budget:
             parse_budget(self.budget)
 
+    def _check_blocks(self) -> None:
+        size = self.weight_block
+        if not size:
+            return
+        if self.plan or self.budget:
+            _fail("weight_block", "has no effect: a plan says itself which weights have blocks")
+        if size not in BLOCK_SIZES:
+            _fail("weight_block", f"{size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+        if self.scheme != AUTO and Scheme.parse(self.scheme).weight_bits != BLOCK_BITS:
+            fault = NoWeightBlocks(size, f"scheme {self.scheme}", "take one of w4a16, w4a8, w4a4")
+            raise DiagnosticError(fault.at())
+        check_blocks(size, load_target(self.target))
+        if "encodings-0.6.1" in self.emit:
+            raise DiagnosticError(UnwritableEncodings("0.6.1").at())
+        if self.learn != "none" and self.learn_weights == "rotations":
+            _fail("weight_block", "blocks of learned rotations would have to be chosen anew")
+
     def _check_context(self) -> None:
         _check_least("context", self.context, self.seq_len + 1)
         if self.prefix != "none":
@@ -272,6 +293,7 @@ class CompileConfig:
             down_bits=self.down_bits,
             query_bits=self.query_bits,
             logits_bits=self.logits_bits,
+            block=self.weight_block,
         )
 
     @property

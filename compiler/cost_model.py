@@ -31,17 +31,6 @@ _LEAST_OUTPUT_BITS = 8  # of a linear, however few its input has
 
 
 @dataclass(frozen=True, slots=True)
-class BlockBits(LinearBits):
-    """Bits of a linear whose weight has an integer scale for each block of a channel (LPBQ).
-
-    Attributes:
-        block: input features that share a scale.
-    """
-
-    block: int
-
-
-@dataclass(frozen=True, slots=True)
 class LinearShape:
     """y = x·W with W of shape (features, channels).
 
@@ -268,7 +257,7 @@ class CostModel:
         """
         speed = self._speed(bits)
         stored = shape.features * speed.weight + _CHANNEL_SCALE_BITS
-        if isinstance(bits, BlockBits):
+        if bits.block:
             stored += ceil(shape.features / bits.block) * speed.block_scale_bits
         return ceil(shape.channels * stored / 8)
 
@@ -413,16 +402,15 @@ class CostModel:
 
     def _speed(self, bits: LinearBits) -> Speed:
         """The narrowest pair that holds these bits."""
-        blocks = isinstance(bits, BlockBits)
         rows = [
             row
             for row in self.table.speeds
             if row.input >= bits.input
             and row.weight >= bits.weight
-            and bool(row.block_scale_bits) == blocks
+            and bool(row.block_scale_bits) == bool(bits.block)
         ]
         if not rows:
-            kind = " in blocks" if blocks else ""
+            kind = " in blocks" if bits.block else ""
             missing = f"{bits.weight}-bit weights{kind} and {bits.input}-bit inputs"
             raise DiagnosticError(NoCostModel(self.target, missing).at())
         return min(rows, key=lambda row: (row.input, row.weight))

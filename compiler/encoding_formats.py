@@ -16,6 +16,7 @@ type               bitwidth, is_symmetric      bw, is_sym              output_dt
 zero point         offset, unsigned codes      offset, unsigned codes  y_zero_point, own codes
 per channel        a list entry each           enc_type, lists         axis, lists
 channel axis       left to the operator        left to the operator    axis
+in blocks (LPBQ)   cannot be said              enc_type, compressed_bw block_size, axis of blocks
 =================  ==========================  ======================  ======================
 
 Offsets are ``-zero_point`` on the unsigned grid: -8 for symmetric int4, -128 for symmetric int8.
@@ -35,14 +36,22 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.op_traits import as_linear, float_values
-from qnpu.compiler.quant_types import Encoding, Granularity, PerChannel, PerTensor, QuantSpec
-from qnpu.compiler.rules import MissingEncoding, UnreadableEncodings
+from qnpu.compiler.quant_types import (
+    Encoding,
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+)
+from qnpu.compiler.rules import MissingEncoding, UnreadableEncodings, UnwritableEncodings
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 
@@ -60,12 +69,16 @@ def export_encodings(table: EncodingTable, graph: ir.Graph, version: str) -> dic
         version: of ``VERSIONS``.
 
     Raises:
-        DiagnosticError: QN303 for each float tensor without an encoding.
+        DiagnosticError: QN303 for each float tensor without an encoding; QN314 the version has no
+            words for weights in blocks.
     """
     values = float_values(graph)
     missing = [name_of(value) for value in values if name_of(value) not in table]
     if missing:
         raise DiagnosticError([MissingEncoding(name).at(value=name) for name in missing])
+    blocks = [name_of(v) for v in values if table[name_of(v)].block_scales is not None]
+    if blocks and version == "0.6.1":
+        raise DiagnosticError(UnwritableEncodings(version).at(value=blocks[0]))
     head: dict[str, object] = {
         "producer": {"package": "qnpu", "version": importlib.metadata.version("qnpu")},
         "version": version,
@@ -99,6 +112,8 @@ def _write_0(encoding: Encoding) -> list[dict[str, object]]:
 
 
 def _write_1(name: str, encoding: Encoding) -> dict[str, object]:
+    if encoding.block_scales is not None and isinstance(encoding.spec.granularity, PerBlock):
+        return _write_blocks_1(name, encoding, encoding.block_scales, encoding.spec.granularity)
     bits, signed, offsets = _unsigned_grid(encoding)
     per_channel = isinstance(encoding.spec.granularity, PerChannel)
     return {
@@ -112,8 +127,38 @@ def _write_1(name: str, encoding: Encoding) -> dict[str, object]:
     }
 
 
+def _write_blocks_1(
+    name: str, encoding: Encoding, blocks: NDArray[np.uint8], granularity: PerBlock
+) -> dict[str, object]:
+    """Codes times block scales count as codes of 8 bits; block scales go channel by channel."""
+    of_channels = blocks if granularity.channel_axis == 0 else blocks.T
+    bits = 2 * encoding.spec.bits
+    return {
+        "block_size": granularity.size,
+        "bw": bits,
+        "compressed_bw": encoding.spec.bits,
+        "dtype": "INT",
+        "enc_type": "LPBQ",
+        "is_sym": True,
+        "name": name,
+        "offset": [-(1 << (bits - 1))] * len(encoding.scale),
+        "per_block_int_scale": of_channels.reshape(-1).tolist(),
+        "scale": _scales(encoding),
+    }
+
+
 def _write_2(name: str, encoding: Encoding) -> dict[str, object]:
     spec, zero = encoding.spec, encoding.zero_point
+    if encoding.block_scales is not None and isinstance(spec.granularity, PerBlock):
+        per_channel = np.expand_dims(encoding.scale, spec.granularity.axis)
+        return {
+            "name": name,
+            "output_dtype": f"int{spec.bits}",
+            "per_channel_float_scale": per_channel.tolist(),
+            "per_block_int_scale": encoding.block_scales.tolist(),
+            "axis": spec.granularity.axis,
+            "block_size": spec.granularity.size,
+        }
     entry: dict[str, object] = {
         "name": name,
         "output_dtype": f"{'' if spec.signed else 'u'}int{spec.bits}",

@@ -75,7 +75,8 @@ class EncodingTable:
         """A plain dictionary, as written to encodings.json.
 
         ``scale`` and ``zero_point`` are lists, of length one per tensor. Floats are written so
-        that reading them back gives the same float32.
+        that reading them back gives the same float32. Of blocks there are ``block_scales``,
+        whole numbers times ``scale``: nested lists, a matrix as the weight with one for each block.
         """
         return {
             "format": "qnpu-encodings",
@@ -85,8 +86,11 @@ class EncodingTable:
 
 
 def _to_json(encoding: Encoding) -> dict[str, object]:
-    return {
+    plain = {
         **spec_to_json(encoding.spec),
         "scale": [float(s) for s in encoding.scale.reshape(-1)],
         "zero_point": [int(z) for z in encoding.zero_point.reshape(-1)],
     }
+    if encoding.block_scales is not None:
+        plain["block_scales"] = encoding.block_scales.tolist()
+    return plain

@@ -10,10 +10,13 @@ single codes are then moved as long as that makes e smaller (coordinate descent,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from qnpu.compiler.block_scales import whole_scales
 
 _BLOCK = 32
 # Parts of the greatest weight that a channel's codes may be made to reach, for a first guess.
@@ -48,16 +51,24 @@ class RoundedWeight:
         codes: float32, whole numbers, shape (channels, features).
         scale: real units per LSB, shape (channels,).
         error: e of each channel, shape (channels,).
+        multiples: of blocks, float32, whole: what the scale is times at each element, shape
+            (channels, features); None for one scale per channel.
     """
 
     codes: Tensor
     scale: Tensor
     error: Tensor
+    multiples: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
         """What the codes stand for, shape (channels, features)."""
-        return self.codes * self.scale[:, None]
+        return self.codes * steps_of(self.scale, self.multiples)
+
+
+def steps_of(scale: Tensor, multiples: Tensor | None) -> Tensor:
+    """Real units per LSB, shape (channels, 1), or (channels, features) where there are blocks."""
+    return scale[:, None] if multiples is None else scale[:, None] * multiples
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -77,8 +88,8 @@ def damped(moment: Tensor, damping: float) -> Tensor:
 
 
 def widest_scale(weight: Tensor, codes: CodeRange) -> Tensor:
-    """Each channel's scale under which nothing is clipped, shape (channels,); 1 for zeros."""
-    peak = weight.abs().amax(dim=1)
+    """Each row's scale under which nothing is clipped, without the last axis; 1 for zeros."""
+    peak = weight.abs().amax(dim=-1)
     return torch.where(peak > 0, peak / codes.high, torch.ones_like(peak))
 
 
@@ -86,7 +97,7 @@ def likely_scales(
     weight: Tensor,
     moment: Tensor,
     codes: CodeRange,
-    around: Sequence[float] = SCALES_AROUND,
+    parts: Sequence[float] = SCALES_AROUND,
 ) -> Tensor:
     """Candidates of each channel's scale, around the one that is best for nearest codes.
 
@@ -97,20 +108,71 @@ def likely_scales(
         weight: shape (channels, features).
         moment: H, shape (features, features).
         codes: range.
-        around: candidates as parts of it.
+        parts: candidates as parts of it.
 
     Returns:
         Shape (candidates, channels), real units per LSB; of a channel of zeros around 1.
     """
-    diagonal = moment.diagonal().to(weight.dtype)
+    best = _best_clipped(weight, moment.diagonal().to(weight.dtype), codes)
+    return around(best, parts)
+
+
+def _best_clipped(weight: Tensor, importance: Tensor, codes: CodeRange) -> Tensor:
+    """Scale of each row with the least Σ importance·(w - s·q)² over its last axis, of a grid.
+
+    Args:
+        weight: shape (channels, features), or (channels, blocks, size).
+        importance: without channels.
+        codes: range.
+    """
     widest = widest_scale(weight, codes)
     best, least = widest, torch.full_like(widest, torch.inf)
     for factor in _GRID:
         scale = widest * factor
-        difference = weight - codes.round(weight / scale[:, None]) * scale[:, None]
-        error = difference.square() @ diagonal
+        difference = weight - codes.round(weight / scale[..., None]) * scale[..., None]
+        squares = difference.square_()
+        if importance.dim() == 1:
+            error = squares @ importance
+        else:
+            error = squares.mul_(importance).sum(dim=-1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return torch.tensor(around)[:, None] * best[None, :]
+    return best
+
+
+def block_multiples(
+    weight: Tensor, moment: Tensor, codes: CodeRange, size: int
+) -> tuple[Tensor, Tensor]:
+    """Whole multiples of each channel's scale for blocks of features, and that scale.
+
+    Each block's scale is the best for nearest codes as in ``likely_scales``, then rounded
+    (``qnpu.compiler.block_scales``).
+
+    Args:
+        weight: shape (channels, features).
+        moment: H, shape (features, features).
+        codes: range.
+        size: of a block; divides the features.
+
+    Returns:
+        Multiples, float32, shape (channels, blocks), and scales, shape (channels,).
+    """
+    blocks = weight.reshape(len(weight), -1, size)
+    importance = moment.diagonal().to(weight.dtype).reshape(-1, size)
+    scales = _best_clipped(blocks, importance, codes)
+    whole = whole_scales(
+        blocks.permute(1, 2, 0).numpy(),
+        scales.T.numpy(),
+        codes.low,
+        codes.high,
+        importance=importance.numpy(),
+    )
+    multiples = np.ascontiguousarray(whole.multiples.T).astype(np.float32)
+    return torch.from_numpy(multiples), torch.from_numpy(whole.scale)
+
+
+def around(scale: Tensor, parts: Sequence[float] = SCALES_AROUND) -> Tensor:
+    """Candidates about each channel's scale, parts of it; shape (candidates, channels)."""
+    return torch.tensor(parts)[:, None] * scale[None, :]
 
 
 def round_weight(
@@ -121,6 +183,7 @@ def round_weight(
     *,
     damping: float = 0.01,
     sweeps: int = 2,
+    multiples: Tensor | None = None,
 ) -> RoundedWeight:
     """Rounds a weight so that e is small, with the best of several scales per channel.
 
@@ -131,16 +194,21 @@ def round_weight(
         codes: range.
         damping: part of the mean of diag H that is added to it.
         sweeps: passes of coordinate descent over all codes afterwards.
+        multiples: of blocks, what scales are times at each element, shape (channels, features).
     """
     hessian = damped(moment, damping)
     order = torch.argsort(hessian.diagonal(), descending=True)
     upper = _inverse_factor(hessian[order][:, order])
     ordered = hessian[order][:, order].to(torch.float32)
+    ordered_weight = weight[:, order]
+    ordered_multiples = None if multiples is None else multiples[:, order]
     best: RoundedWeight | None = None
     for scales in torch.split(candidates, max(1, _STACKED_ROWS // len(weight))):
-        rows = weight[:, order].repeat(len(scales), 1)
-        found = _feed_back(rows, upper, scales.reshape(-1), codes)
-        error = quadratic_error(rows - found * scales.reshape(-1, 1), ordered)
+        rows = ordered_weight.repeat(len(scales), 1)
+        repeated = None if ordered_multiples is None else ordered_multiples.repeat(len(scales), 1)
+        steps = steps_of(scales.reshape(-1), repeated)
+        found = _feed_back(rows, upper, steps, codes)
+        error = quadratic_error(rows - found * steps, ordered)
         shape = (len(scales), *weight.shape)
         pick = error.reshape(shape[:2]).argmin(dim=0)
         channel = torch.arange(len(weight))
@@ -148,14 +216,15 @@ def round_weight(
             found.reshape(shape)[pick, channel],
             scales[pick, channel],
             error.reshape(shape[:2])[pick, channel],
+            ordered_multiples,
         )
         best = chosen if best is None else _better(best, chosen)
     if best is None:
         raise ValueError("no scale was given")
     for _ in range(sweeps):
-        best = _descend(weight[:, order], ordered, best, codes)
+        best = _descend(ordered_weight, ordered, best, codes)
     back = torch.argsort(order)
-    return RoundedWeight(best.codes[:, back].contiguous(), best.scale, best.error)
+    return RoundedWeight(best.codes[:, back].contiguous(), best.scale, best.error, multiples)
 
 
 def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -175,9 +244,9 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return factor.to(torch.float32)
 
 
-def _feed_back(rows: Tensor, upper: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+def _feed_back(rows: Tensor, upper: Tensor, steps: Tensor, codes: CodeRange) -> Tensor:
     """Rounds feature by feature; the rest of each row makes up for the error so far."""
-    rest = rows.clone()
+    rest, scales = rows.clone(), _by_feature(steps, rows.shape[1])
     result = torch.empty_like(rows)
     width = rows.shape[1]
     for start in range(0, width, _BLOCK):
@@ -186,12 +255,18 @@ def _feed_back(rows: Tensor, upper: Tensor, scale: Tensor, codes: CodeRange) -> 
         errors = torch.empty_like(block)
         for index in range(stop - start):
             feature = start + index
+            scale = scales[feature]
             code = codes.round(block[index] / scale)
             errors[index] = (block[index] - code * scale) / upper[feature, feature]
             result[:, feature] = code
             block[index + 1 :] -= upper[feature, feature + 1 : stop, None] * errors[index]
         rest[:, stop:] -= errors.T @ upper[start:stop, stop:]
     return result
+
+
+def _by_feature(steps: Tensor, features: int) -> Tensor:
+    """Steps of shape (rows, 1) or (rows, features), a feature's in one piece."""
+    return steps.T.contiguous().expand(features, -1)
 
 
 def _descend(
@@ -201,7 +276,8 @@ def _descend(
 
     With g = (w - s·q)·H the best real code of feature k is q_k + g_k / (s·H_kk).
     """
-    scale, result = rounded.scale, rounded.codes.T.contiguous()
+    result = rounded.codes.T.contiguous()
+    scales = _by_feature(steps_of(rounded.scale, rounded.multiples), len(result))
     gradient = (hessian @ (weight - rounded.real).T).contiguous()  # (features, channels)
     width = len(result)
     for start in range(0, width, _BLOCK):
@@ -209,15 +285,16 @@ def _descend(
         moves = torch.empty_like(result[start:stop])
         for index in range(stop - start):
             feature = start + index
+            scale = scales[feature]
             inside = hessian[feature, start:feature] @ moves[:index]
             step = (gradient[feature] - inside) / (scale * hessian[feature, feature])
             code = codes.round(result[feature] + step)
             moves[index] = (code - result[feature]) * scale
             result[feature] = code
         gradient -= hessian[:, start:stop] @ moves
-    moved = result.T.contiguous()
-    error = quadratic_error(weight - moved * scale[:, None], hessian)
-    return _better(rounded, RoundedWeight(moved, scale, error))
+    moved = replace(rounded, codes=result.T.contiguous())
+    error = quadratic_error(weight - moved.real, hessian)
+    return _better(rounded, replace(moved, error=error))
 
 
 def _better(first: RoundedWeight, second: RoundedWeight) -> RoundedWeight:
@@ -227,4 +304,5 @@ def _better(first: RoundedWeight, second: RoundedWeight) -> RoundedWeight:
         torch.where(wins[:, None], second.codes, first.codes),
         torch.where(wins, second.scale, first.scale),
         torch.where(wins, second.error, first.error),
+        first.multiples,
     )

@@ -22,7 +22,7 @@ from qnpu.compiler.graph_edit import (
 )
 from qnpu.compiler.integer_io import with_real_io
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand
-from qnpu.compiler.qdq_edit import QdqEditor
+from qnpu.compiler.qdq_edit import QdqEditor, block_encoding_of
 from qnpu.compiler.quant_types import Encoding, PerChannel, PerTensor, QuantSpec
 
 _SUFFIX = "_quantized"
@@ -53,8 +53,9 @@ def make_handout(model: ir.Model) -> Handout:
         x → Q(a) → DQ(a) → MatMul(DQ(W_quantized, w)) → h → Q(b) → DQ(b) → Q(c) → DQ(c) → y
         x → MatMul(W) → h → Identity → y                                    x: a, W: w, h: b, y: c
 
-    A pair behind a pair changes the encoding, so an Identity stands there. What has no single scale
-    or one per channel (blocks, LPBQ) stays behind its DequantizeLinear, without an encoding.
+    A pair behind a pair changes the encoding, so an Identity stands there. What has no single
+    scale, one per channel, or blocks with whole scales over one per channel (LPBQ), stays behind
+    its DequantizeLinear, without an encoding.
     Inputs and outputs that are codes become real.
 
     Args:
@@ -63,7 +64,7 @@ def make_handout(model: ir.Model) -> Handout:
     real = with_real_io(model)
     splitter = _Splitter(model.clone() if real is model else real)
     for node in list(splitter.graph):
-        if node.op_type == DEQUANTIZE:
+        if node.op_type == DEQUANTIZE and not _makes_scales(node):
             splitter.constant(node)
     for node in list(splitter.graph):
         if node.op_type == QUANTIZE:
@@ -111,7 +112,8 @@ class _Splitter:
         tensor = operand.codes.const_value
         if tensor is None or not operand.constant:
             return
-        parts = encoding.scale.tobytes(), encoding.zero_point.tobytes(), str(encoding.spec)
+        blocks = b"" if encoding.block_scales is None else encoding.block_scales.tobytes()
+        parts = encoding.scale.tobytes() + blocks, encoding.zero_point.tobytes(), str(encoding.spec)
         key = (name_of(operand.codes), *parts)
         if key not in self._constants:
             name = self._name(operand.codes, result)
@@ -160,6 +162,12 @@ class _Splitter:
         return name if name == going else self._editor.free_name(name)
 
 
+def _makes_scales(dequantize: ir.Node) -> bool:
+    """What it gives is the scale of other codes, and nothing else."""
+    uses = list(dequantize.outputs[0].uses())
+    return bool(uses) and all(node.op_type == DEQUANTIZE and index == 1 for node, index in uses)
+
+
 def _undoes(node: ir.Node, quantize: ir.Node) -> bool:
     """A DequantizeLinear with the very numbers of the QuantizeLinear before it."""
     return node.op_type == DEQUANTIZE and all(
@@ -174,10 +182,12 @@ def _numbers(value: ir.Value | None) -> NDArray[Any]:
 
 
 def _encoding(operand: Operand) -> Encoding | None:
-    """The encoding of an operand, per tensor or per channel; None for any other.
+    """The encoding of an operand: per tensor, channel, or block (LPBQ); None for any other.
 
     Signed codes with every zero point 0 are called symmetric, as in ``read_encodings``.
     """
+    if operand.granularity == "lpbq":
+        return block_encoding_of(operand)
     scale, zero = operand.scale, operand.zero_point
     if scale is None or zero is None or operand.granularity not in ("tensor", "channel"):
         return None

@@ -42,6 +42,7 @@ class IntegerEditor(GraphEditor):
         self._shared: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._bytes: dict[ir.Value, list[ir.Value]] = {}
         self._unsigned: dict[ir.Value, ir.Value] = {}
+        self._whole: dict[ir.Value, ir.Value] = {}
 
     def call(
         self,
@@ -198,6 +199,18 @@ class IntegerEditor(GraphEditor):
         if value.dtype is ir.DataType.INT8:
             return value
         return self._cast(value, ir.DataType.INT8, before)
+
+    def whole_weight(self, value: ir.Value, codes: NDArray[np.int8]) -> ir.Value:
+        """Codes in blocks times their block scales, of the same codes only once.
+
+        Args:
+            value: the codes in the graph.
+            codes: int8, shape (features, channels).
+        """
+        if value not in self._whole:
+            name = f"{name_of(value)}_whole"
+            self._whole[value] = self.constant(name, np.ascontiguousarray(codes))
+        return self._whole[value]
 
     def beside(
         self,

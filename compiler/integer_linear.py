@@ -25,7 +25,8 @@ from qnpu.compiler.integer_arguments import (
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import INT32_MAX, FixedPoint, exact_ratios, fixed_point
 from qnpu.compiler.integer_short import BYTE, exact_in_float, linear_terms, short_point, split_point
-from qnpu.compiler.operands import input_operand
+from qnpu.compiler.operands import Operand, input_operand
+from qnpu.compiler.qdq_edit import block_encoding_of
 from qnpu.compiler.quant_types import Encoding, widened
 from qnpu.compiler.quantized_results import (
     CodedInput,
@@ -208,7 +209,7 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     one, weight = coded_input(node.inputs[0]), _Weight.of(node)
     if one is None or weight is None or (one.encoding.spec.bits > 8 and one.encoding.spec.signed):
         return None
-    operand = editor.weight(weight.value, weight.codes, transposed=weight.transposed, before=node)
+    operand = weight.operand(editor, node)
     linear = _Linear(one, weight, result.encoding)
     if linear.exact_in_float(one.codes.dtype, result.codes.dtype):
         return _quantized_product(editor, node, linear, operand, result)
@@ -342,16 +343,40 @@ def _channels(
     return _summed(editor, node, products, fixed, result, linear.added, largest)
 
 
+def _whole_numbers(
+    operand: Operand, array: NDArray[Any], channel_axis: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
+    """A weight as int8 under one scale, or one per channel; None where it is none.
+
+    4-bit codes times whole block scales up to 15 are at most 105 from zero.
+    """
+    if operand.granularity == "lpbq":
+        encoding = block_encoding_of(operand)
+        if encoding is None or operand.axis == channel_axis:
+            return None
+        whole = encoding.integers(array)
+        fits = whole.min() >= -128 and whole.max() <= 127
+        return (whole.astype(np.int8), encoding.scale) if fits else None
+    if operand.scale is None or operand.zero_point is None or operand.zero_point.any():
+        return None
+    if operand.granularity not in ("tensor", "channel") or operand.dtype not in ("s4", "s8"):
+        return None
+    if operand.granularity == "channel" and operand.axis != channel_axis:
+        return None
+    return widened(array).astype(np.int8), operand.scale
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
     """A constant weight.
 
     Attributes:
         value: its codes in the graph.
-        codes: int8, shape (features, channels).
+        codes: int8, shape (features, channels); of blocks (LPBQ) times their block scales.
         scale: shape () or (channels,).
         transposed: ``value`` has channels first.
         bias: real, shape (channels,); None where there is none.
+        blocks: it has blocks, so that ``value`` has other codes.
     """
 
     value: ir.Value
@@ -359,6 +384,7 @@ class _Weight:
     scale: NDArray[np.float32]
     transposed: bool
     bias: NDArray[np.float64] | None
+    blocks: bool
 
     @classmethod
     def of(cls, node: ir.Node) -> _Weight | None:
@@ -367,13 +393,11 @@ class _Weight:
         array = constant_array(operand.codes) if operand is not None and operand.constant else None
         if operand is None or array is None or operand.codes is None or array.ndim != 2:
             return None
-        if operand.scale is None or operand.zero_point is None or operand.zero_point.any():
-            return None
-        if operand.granularity not in ("tensor", "channel") or operand.dtype not in ("s4", "s8"):
-            return None
         transposed = bool(node.attributes.get_int("transB", 0))
-        if operand.granularity == "channel" and operand.axis != int(not transposed):
+        found = _whole_numbers(operand, array, int(not transposed))
+        if found is None:
             return None
+        codes, scale = found
         bias = None
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             bias = real_constant(input_operand(node.inputs[2]))
@@ -381,8 +405,15 @@ class _Weight:
             if bias is None or bias.size not in (1, channels):
                 return None
             bias = np.broadcast_to(bias.reshape(-1), (channels,))
-        codes = widened(array).astype(np.int8)
-        return cls(operand.codes, codes.T if transposed else codes, operand.scale, transposed, bias)
+        codes = codes.T if transposed else codes
+        blocks = operand.granularity == "lpbq"
+        return cls(operand.codes, codes, scale, transposed, bias, blocks)
+
+    def operand(self, editor: IntegerEditor, before: ir.Node) -> ir.Value:
+        """The second operand of a product, int8, shape (features, channels)."""
+        if self.blocks:
+            return editor.whole_weight(self.value, self.codes)
+        return editor.weight(self.value, self.codes, transposed=self.transposed, before=before)
 
     @property
     def reach(self) -> int:

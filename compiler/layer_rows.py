@@ -38,8 +38,8 @@ def _rows(items: BitItems, choices: BitChoices) -> Iterator[TensorBits]:
             bits = choices.linears[linears[0].name].input
             yield TensorBits(group.name, group.layer, f"input of {linears[0].role}", bits, {})
         for shape in linears:
-            bits = choices.linears[shape.name].weight
-            yield TensorBits(shape.name, group.layer, shape.role, bits, {})
+            chosen = choices.linears[shape.name]
+            yield TensorBits(shape.name, group.layer, shape.role, chosen.weight, {}, chosen.block)
     for cache in items.caches:
         if cache.name in choices.caches:
             yield TensorBits(cache.name, cache.layer, cache.role, choices.caches[cache.name], {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import GraphEditor, constant_array, name_of
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE, Operand, input_operand, output_operand
-from qnpu.compiler.quant_types import Encoding, PerTensor, QuantSpec
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerTensor, QuantSpec
 
 Parameters = tuple[ir.Value, ir.Value]
 """Scale and zero point."""
@@ -35,6 +36,46 @@ def encoding_of(operand: Operand) -> Encoding | None:
         return None
     zero = operand.zero_point.reshape(()).astype(np.int32)
     return Encoding(spec_of(operand.dtype), operand.scale.reshape(()).astype(np.float32), zero)
+
+
+def block_encoding_of(operand: Operand) -> Encoding | None:
+    """The encoding of a constant matrix in blocks whose scales are whole (LPBQ); None for others.
+
+    Whole scales are unsigned codes with zero points of 0 over one float scale per channel.
+    """
+    maker, shape = operand.value.producer(), operand.shape
+    value = maker.inputs[1] if maker is not None else None
+    if operand.granularity != "lpbq" or value is None or shape is None or len(shape) != 2:
+        return None
+    if not operand.block or shape[operand.axis] % operand.block:
+        return None
+    granularity = PerBlock(operand.axis, operand.block)
+    found = _whole_scales(input_operand(value), shape, granularity)
+    zero = np.zeros(1, np.int64) if operand.zero_point is None else operand.zero_point
+    middle = int(zero.flat[0])
+    if found is None or bool((zero != middle).any()):
+        return None
+    blocks, scale = found
+    spec = replace(spec_of(operand.dtype), granularity=granularity)
+    spec = replace(spec, symmetric=spec.signed and middle == 0)
+    return Encoding(spec, scale, np.full(len(scale), middle, np.int32), blocks)
+
+
+def _whole_scales(
+    scales: Operand, shape: tuple[int, ...], granularity: PerBlock
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+    """Block scales of a matrix, and the scale of each channel that they are multiples of."""
+    blocks, axis = constant_array(scales.codes), granularity.channel_axis
+    if blocks is None or scales.scale is None or scales.zero_point is None:
+        return None
+    wanted = list(shape)
+    wanted[granularity.axis] //= granularity.size
+    of_channels = scales.granularity == "tensor" or (scales.axis == axis and not scales.block)
+    if not of_channels or scales.dtype != "u8" or list(blocks.shape) != wanted:
+        return None
+    scale = np.broadcast_to(scales.scale.reshape(-1), (shape[axis],)).astype(np.float32)
+    positive = (blocks > 0).all() and np.isfinite(scale).all() and (scale > 0).all()
+    return None if scales.zero_point.any() or not positive else (blocks, scale)
 
 
 def same_numbers(encoding: Encoding, spec: QuantSpec) -> Encoding:
@@ -118,6 +159,50 @@ class QdqEditor(GraphEditor):
         else:
             self.graph.insert_before(before, node)
         return real
+
+    def dequantize_blocks(
+        self,
+        codes: ir.Value,
+        base: str,
+        encoding: Encoding,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        *,
+        before: ir.Node,
+    ) -> ir.Value:
+        """The real numbers of a constant matrix in blocks.
+
+        Codes (K, N), B blocks along K, uint8 block scales, S float32::
+
+            DQ(codes, DQ(block_scales[B, N], S[N], 0), zeros[B, N])
+
+        Both zero points are explicit.
+
+        Args:
+            codes: integers.
+            base: what names begin with.
+            encoding: per block.
+            dtype: of the real numbers.
+            before: place of the nodes.
+
+        Raises:
+            ValueError: the encoding is not per block.
+        """
+        blocks, granularity = encoding.block_scales, encoding.spec.granularity
+        if blocks is None or not isinstance(granularity, PerBlock):
+            raise ValueError(f"{encoding.spec} has no blocks")
+        scale_inputs = [
+            self.constant(f"{base}_block_scale", blocks),
+            self.constant(f"{base}_channel_scale", encoding.scale),
+            self.constant(f"{base}_channel_zero_point", np.zeros(encoding.scale.shape, np.uint8)),
+        ]
+        label = f"{base}_block_scale_dequantized"
+        axis: dict[str, Any] = {"axis": granularity.channel_axis}
+        scale = self.node(
+            DEQUANTIZE, scale_inputs, label, list(blocks.shape), before=before, **axis
+        )
+        zero = self.constant(f"{base}_zero_point", encoding.zero_point_codes, encoding.spec.dtype)
+        places = {"axis": granularity.axis, "block_size": granularity.size}
+        return self.dequantize(codes, base, (scale, zero), dtype, before=before, **places)
 
     def pair(
         self, value: ir.Value, encoding: Encoding, *, reuse: bool = True, base: str = ""

@@ -26,11 +26,39 @@ class PerChannel:
 
     axis: int
 
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels."""
+        return self.axis
+
     def __str__(self) -> str:
         return f"per-channel(axis={self.axis})"
 
 
-Granularity = PerTensor | PerChannel
+@dataclass(frozen=True, slots=True)
+class PerBlock:
+    """Of a matrix: one scale for each ``size`` indices along ``axis``, channel by channel.
+
+    The channels lie along the other axis. A block's scale is a small whole number times its
+    channel's scale (LPBQ, low-power blockwise quantization).
+    """
+
+    axis: int
+    size: int
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels."""
+        return 1 - self.axis
+
+    def __str__(self) -> str:
+        return f"per-block(axis={self.axis}, size={self.size})"
+
+
+Granularity = PerTensor | PerChannel | PerBlock
+
+BLOCK_SCALE_MAX = 15
+"""Highest whole number of a block's scale: 4 bits, so that codes of 4 bits times it fit 8."""
 
 
 _DTYPES = {
@@ -53,7 +81,7 @@ class QuantSpec:
         signed: codes are two's complement.
         symmetric: zero sits at the middle code. Signed symmetric codes leave out the lowest one
             (-128), so that a negated tensor fits its own encoding.
-        granularity: per tensor or per channel.
+        granularity: per tensor, per channel or per block.
     """
 
     bits: int
@@ -96,21 +124,29 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:
-    """``real = scale * (q - zero_point)``.
+    """``real = scale * (q - zero_point)``; of blocks ``scale * block_scale * (q - zero_point)``.
 
     Attributes:
         spec: bit width and kind.
-        scale: real units per LSB, float32, shape ``()`` per tensor or ``(channels,)``.
+        scale: real units per LSB, of blocks per LSB of a block scale of 1, float32, shape ``()``
+            per tensor or ``(channels,)``.
         zero_point: LSB, int32, same shape.
+        block_scales: of blocks, uint8, at least 1; as the matrix, with one for each block along
+            the blocks' axis. None for any other granularity.
     """
 
     spec: QuantSpec
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
+    block_scales: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape:
             raise ValueError("scale and zero point differ in shape")
+        if isinstance(self.spec.granularity, PerBlock) != (self.block_scales is not None):
+            raise ValueError("block scales go with blocks")
+        if self.block_scales is not None and self.block_scales.min(initial=1) < 1:
+            raise ValueError("a block scale is at least 1")
         if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError("scale must be finite and positive")
 
@@ -131,7 +167,7 @@ class Encoding:
         An empty range gets s = 1.
 
         Args:
-            spec: what to encode to.
+            spec: what to encode to; not per block (see ``qnpu.compiler.block_scales``).
             low: real, shape ``()`` or ``(channels,)``.
             high: as ``low``.
         """
@@ -152,18 +188,29 @@ class Encoding:
 
     @property
     def low(self) -> NDArray[np.float64]:
-        """Lowest real value the codes reach."""
-        return self.scale.astype(np.float64) * (self.spec.q_min - self.zero_point)
+        """Lowest real value the codes reach, of blocks those of each channel's widest."""
+        return self._widest * (self.spec.q_min - self.zero_point)
 
     @property
     def high(self) -> NDArray[np.float64]:
-        """Highest real value the codes reach."""
-        return self.scale.astype(np.float64) * (self.spec.q_max - self.zero_point)
+        """Highest real value the codes reach, of blocks those of each channel's widest."""
+        return self._widest * (self.spec.q_max - self.zero_point)
+
+    @property
+    def _widest(self) -> NDArray[np.float64]:
+        scale = self.scale.astype(np.float64)
+        if self.block_scales is None or not isinstance(self.spec.granularity, PerBlock):
+            return scale
+        most: NDArray[np.uint8] = self.block_scales.max(axis=self.spec.granularity.axis)
+        return scale * most
 
     @property
     def zero_point_codes(self) -> NDArray[np.generic]:
-        """The zero point in the type of the codes, as QuantizeLinear takes it."""
-        narrow = self.zero_point.astype(np.int8) if self.spec.bits == 4 else self.zero_point
+        """The zero point in the type of the codes, as QuantizeLinear takes it; one per block."""
+        zero: NDArray[Any] = self.zero_point
+        if self.block_scales is not None:
+            zero = np.broadcast_to(self._channelwise(2)[1], self.block_scales.shape)
+        narrow = zero.astype(np.int8) if self.spec.bits == 4 else zero
         return narrow.astype(self.spec.code_dtype)
 
     def same_as(self, other: Encoding) -> bool:
@@ -172,7 +219,24 @@ class Encoding:
             self.spec == other.spec
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
+            and (
+                self.block_scales is None
+                or other.block_scales is None
+                or np.array_equal(self.block_scales, other.block_scales)
+            )
         )
+
+    def multiples(self) -> NDArray[np.uint8] | None:
+        """The block scale of each element of the matrix; None where there are no blocks."""
+        if self.block_scales is None or not isinstance(self.spec.granularity, PerBlock):
+            return None
+        return np.repeat(self.block_scales, self.spec.granularity.size, self.spec.granularity.axis)
+
+    def integers(self, codes: NDArray[np.generic]) -> NDArray[np.int64]:
+        """What codes stand for in steps of ``scale``, LSB: q - z, of blocks times their scales."""
+        _, zero = self._channelwise(codes.ndim)
+        steps, whole = self.multiples(), widened(codes).astype(np.int64) - zero.astype(np.int64)
+        return whole if steps is None else whole * steps
 
     def quantize(self, real: FloatArray) -> NDArray[np.generic]:
         """Codes of a real tensor, rounding half to even as ONNX QuantizeLinear does."""
@@ -193,11 +257,16 @@ class Encoding:
         return ((widened(codes).astype(np.float32) - zero) * scale).astype(np.float32)
 
     def _broadcast(self, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        zero = self.zero_point.astype(np.float32)
-        if isinstance(self.spec.granularity, PerTensor):
+        scale, zero = self._channelwise(rank)
+        multiples = self.multiples()
+        return (scale if multiples is None else scale * multiples.astype(np.float32)), zero
+
+    def _channelwise(self, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        zero, granularity = self.zero_point.astype(np.float32), self.spec.granularity
+        if isinstance(granularity, PerTensor):
             return self.scale, zero
         shape = [1] * rank
-        shape[self.spec.granularity.axis] = -1
+        shape[granularity.channel_axis] = -1
         return self.scale.reshape(shape), zero.reshape(shape)
 
 

@@ -62,7 +62,7 @@ def _bits(facts: Report) -> Section | None:
     rows = rows_of(tensors)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [
-        (label, *(str(row[name].bits) if name in row else "" for name in columns))
+        (label, *(row[name].words if name in row else "" for name in columns))
         for label, row in zip(row_labels(rows), rows.values(), strict=True)
     ]
     losses = any(tensor.losses for tensor in tensors)
@@ -82,9 +82,10 @@ def _bits(facts: Report) -> Section | None:
     )
     caption = "A row for each layer. The number in a cell is a tensor's bits; "
     caption += f"colour shows {coloured}." if losses else "so is the colour."
-    counts = Counter(tensor.bits for tensor in tensors)
+    counts = Counter((tensor.bits, tensor.block) for tensor in tensors)
     text = "Tensors by bits: " + ", ".join(
-        f"{count} of {bits} bits" for bits, count in sorted(counts.items())
+        f"{count} of {bits} bits{f' in blocks of {block}' if block else ''}"
+        for (bits, block), count in sorted(counts.items())
     )
     table = Table("Bits by layer and role", ("layer", *columns), cells)
     return Section("bits", "Bit plan", [f"{text}."], [Chart(svg, caption, table, wide=True)])

@@ -1161,6 +1161,35 @@ class InvalidTaskItem(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class UnwritableEncodings(Rule):
+    """What it checks
+        The version of an encodings file has words for every encoding of the graph.
+
+    Why it matters
+        A file that leaves weights out lets the vendor's tool choose their scales, silently. Version
+        0.6.1 has no blocks with whole scales (LPBQ); 1.0.0 and 2.0.0 have.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w4a16 --weight-block 32 --emit encodings-0.6.1
+        ```
+
+    How to fix
+        Ask for ``--emit encodings-1.0.0`` or ``encodings-2.0.0``.
+    """
+
+    code: ClassVar[str] = "QN314"
+    name: ClassVar[str] = "unwritable-encodings"
+    version: str
+
+    def message(self) -> str:
+        return f"version {self.version} of encodings files cannot hold weights in blocks"
+
+    def help(self) -> str:
+        return "write version 1.0.0 or 2.0.0 (--emit encodings-1.0.0)"
+
+
+@dataclass(frozen=True, slots=True)
 class NoIntegerForm(Rule):
     """What it checks
         Every operator that computes on quantized numbers can be done on their codes.
@@ -1666,6 +1695,75 @@ class InvalidPass(Rule):
 
     def help(self) -> str:
         return "give MODULE:CLASS[key=value, …] of a subclass of qnpu.compiler.pass_base.Pass"
+
+
+@dataclass(frozen=True, slots=True)
+class NoWeightBlocks(Rule):
+    """What it checks
+        Where weights are to be in blocks, they have 4 bits, and the target multiplies such blocks.
+
+    Why it matters
+        Block scales are whole numbers of 4 bits over one float scale per output channel (LPBQ,
+        low-power blockwise quantization). Few NPUs have that; on others the file would run in
+        floating point or not at all.
+
+    Example
+        ```console
+        qnpu-compile model.onnx --scheme w8a16 --weight-block 32
+        ```
+
+    How to fix
+        Take a scheme of 4-bit weights and a target that has blocks, or leave out
+        ``--weight-block``: one scale per output channel.
+    """
+
+    code: ClassVar[str] = "QN543"
+    name: ClassVar[str] = "no-weight-blocks"
+    size: int
+    where: str
+    fix: str
+
+    def message(self) -> str:
+        return f"{self.where} has no weights in blocks of {self.size}"
+
+    def help(self) -> str:
+        return f"{self.fix}, or leave out --weight-block"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsWithoutBlocks(Rule):
+    """What it checks
+        A 4-bit weight that is to be in blocks is the second operand of MatMuls, and the block
+        divides its input features.
+
+    Why it matters
+        Such blocks do not exist otherwise. The weight gets one scale per output channel, and loses
+        more by rounding.
+
+    Example
+        ```console
+        qnpu-compile tiny --scheme w4a16 --weight-block 128
+        ```
+
+    How to fix
+        Nothing has to be done. A smaller block may divide the features.
+    """
+
+    code: ClassVar[str] = "QN544"
+    name: ClassVar[str] = "weights-without-blocks"
+    severity: ClassVar[Severity] = Severity.NOTE
+    count: int
+    size: int
+
+    def message(self) -> str:
+        weights = "a 4-bit weight gets" if self.count == 1 else f"{self.count} 4-bit weights get"
+        return (
+            f"{weights} one scale per channel: blocks of {self.size} need a MatMul and a multiple "
+            f"of {self.size} input features"
+        )
+
+    def help(self) -> str:
+        return "nothing has to be done; a smaller --weight-block may fit"
 
 
 @dataclass(frozen=True, slots=True)

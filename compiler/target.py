@@ -20,7 +20,7 @@ from pydantic import (
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.operand_pattern import pattern_of
 from qnpu.compiler.quant_types import QuantSpec
-from qnpu.compiler.rules import InvalidConfig, UnknownTarget
+from qnpu.compiler.rules import InvalidConfig, NoWeightBlocks, UnknownTarget
 from qnpu.compiler.toml_file import read_toml
 
 DEFAULT_TARGET = "onnxruntime"
@@ -312,6 +312,7 @@ class TargetProfile(_Table):
         signed_activations: activation codes are signed.
         symmetric_activations: activations have their zero at the middle code.
         symmetric_keys_values: keys and values have, whatever the other activations do.
+        weight_blocks: features that may share a whole block scale of a 4-bit weight (LPBQ).
         activation_bits_min: of activation codes; a scheme of fewer bits is widened (QN507).
         source: where the types are known from.
         vendor, graph, bias: see their classes.
@@ -336,6 +337,7 @@ class TargetProfile(_Table):
     symmetric_activations: bool = False
     symmetric_keys_values: bool = False
     activation_bits_min: Literal[4, 8] = 4
+    weight_blocks: tuple[Literal[16, 32, 64, 128], ...] = ()
     source: str = ""
     vendor: Vendor = Vendor()
     graph: Limits = Limits()
@@ -375,6 +377,18 @@ class TargetProfile(_Table):
         """Rows that speak of this architecture, in order."""
         arch = self.vendor.arch
         return [rule for rule in self.rules if rule.min_arch <= arch <= rule.max_arch]
+
+
+def check_blocks(size: int, target: TargetProfile) -> None:
+    """Whether a target has 4-bit weights in blocks of a size.
+
+    Raises:
+        DiagnosticError: QN543 it has not.
+    """
+    if size not in target.weight_blocks:
+        sizes = ", ".join(map(str, target.weight_blocks))
+        fix = f"take blocks of {sizes}" if sizes else "take a target that has, such as qnn-htp-v75"
+        raise DiagnosticError(NoWeightBlocks(size, target.id, fix).at())
 
 
 def target_names() -> list[str]:

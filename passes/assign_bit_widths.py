@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qnpu.compiler.bit_choices import BitChoices, LinearBits
+from qnpu.compiler.bit_choices import BLOCK_BITS, BitChoices, LinearBits
 from qnpu.compiler.bit_plan import BitPlan, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
-from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.graph_edit import name_of, static_shape
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
@@ -22,7 +22,7 @@ from qnpu.compiler.op_traits import (
     layout_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
-from qnpu.compiler.quant_types import PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.quant_types import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.roles import (
     activations,
     computing_uses,
@@ -41,7 +41,9 @@ from qnpu.compiler.rules import (
     InputNotRotated,
     InvalidPlan,
     NothingToPromote,
+    WeightsWithoutBlocks,
 )
+from qnpu.compiler.target import check_blocks
 from qnpu.runtime_check.feeds import FeedSource
 from qnpu.runtime_check.sensitivity import most_sensitive, relative_errors
 
@@ -79,9 +81,10 @@ class AssignBitWidths(Pass):
     An online rotation (a MatMul by a Hadamard matrix) takes ``other_bits``, since it is there to
     take what 8 bits cannot hold, and hands out what its consumer asks for; its matrix is signed,
     8 bits, one scale for all of it, so that its codes are ±1.
-    Weights are signed, symmetric, per output channel; the last linear's at ``head_bits``. Biases
-    are 32 bits, derived from input and weight. An initializer used in two roles is given a second
-    name; the data is not copied.
+    Weights are signed, symmetric, per output channel, or at 4 bits in blocks of input features
+    (LPBQ) where a MatMul takes them and the block divides their features (else QN544); the last
+    linear's at ``head_bits``. Biases are 32 bits, derived from input and weight. An initializer
+    used in two roles is given a second name; the data is not copied.
 
     Where bits were chosen linear by linear (``choices``, or an earlier pass), a weight and an input
     get what was chosen, and the linear's result as many as its input, 8 at least, unless it joins
@@ -95,7 +98,8 @@ class AssignBitWidths(Pass):
 
     Raises:
         DiagnosticError: with ``promote``: QN107 a weight, QN304 such an input is NaN or infinite;
-            QN301, QN305 the data do not fit the graph's inputs. QN540 something was chosen for a
+            QN301, QN305 the data do not fit the graph's inputs. QN543 the target has no such
+            blocks. QN540 something was chosen for a
             linear or cache that is not there.
 
     Attributes:
@@ -132,6 +136,12 @@ class AssignBitWidths(Pass):
             compilation.diagnostics.append(fault.at(value=next(iter(wanted.refused))))
         previous = compilation.bit_plan
         plan = BitPlan(self.scheme.name, {}, ratios, promoted, wanted.choices())
+        for size in {bits.block for bits in plan.choices.linears.values() if bits.block}:
+            check_blocks(size, compilation.target)
+        if wanted.without_blocks:
+            first, size = next(iter(wanted.without_blocks.items()))
+            note = WeightsWithoutBlocks(len(wanted.without_blocks), size)
+            compilation.diagnostics.append(note.at(value=first))
         self._fill(plan, compilation, wanted, linears)
         compilation.bit_plan = plan
         return count + int(previous.specs != plan.specs)
@@ -175,9 +185,7 @@ class AssignBitWidths(Pass):
     ) -> None:
         roles: dict[str, QuantSpec] = {}
         for linear in linears.values():
-            weight = QuantSpec(
-                wanted.weight_bits(linear), True, True, PerChannel(linear.channel_axis)
-            )
+            weight = QuantSpec(wanted.weight_bits(linear), True, True, wanted.granularity(linear))
             roles[name_of(linear.weight)] = SIGNS if is_online_rotation(linear) else weight
             if linear.bias is not None:
                 roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
@@ -198,6 +206,7 @@ class _Widths:
         head: the last linear, lm_head; None where no result is a linear's.
         refused: linears' inputs that were to have fewer bits than an unrotated one can, by name:
             how many those were.
+        without_blocks: weights that were to have blocks and cannot, by name: of which size.
     """
 
     def __init__(
@@ -211,6 +220,7 @@ class _Widths:
         graph = model.graph
         self.head = next((n for n in reversed(list(linears)) if _reaches_output(n)), None)
         self.refused: dict[str, int] = {}
+        self.without_blocks: dict[str, int] = {}
         self._rotated = rotated_weights(model)
         self._graph = graph
         self._scheme = scheme
@@ -238,7 +248,9 @@ class _Widths:
     def choices(self) -> BitChoices:
         """Bits of each linear and cache, as the graph is to have them."""
         linears = {
-            name_of(linear.weight): LinearBits(self.weight_bits(linear), self._input_bits(linear))
+            name_of(linear.weight): LinearBits(
+                self.weight_bits(linear), self._input_bits(linear), self._block(linear)
+            )
             for linear in self._linears.values()
             if not is_online_rotation(linear)
         }
@@ -251,6 +263,24 @@ class _Widths:
         if known is not None:
             return known.weight
         return self._scheme.head_bits if linear.node is self.head else self._scheme.weight_bits
+
+    def granularity(self, linear: Linear) -> Granularity:
+        """Blocks along the features where they are wanted and fit, else a scale per channel."""
+        size = self._block(linear)
+        return PerBlock(1 - linear.channel_axis, size) if size else PerChannel(linear.channel_axis)
+
+    def _block(self, linear: Linear) -> int:
+        """Features of a linear's weight that share a block scale; 0 for none."""
+        known = self._choices.linears.get(name_of(linear.weight))
+        size = self._scheme.block if known is None else known.block
+        if not size or self.weight_bits(linear) != BLOCK_BITS or is_online_rotation(linear):
+            return 0
+        shape, uses = static_shape(linear.weight) or (), linear.weight.uses()
+        multiplies = all(node.op_type == "MatMul" and index == 1 for node, index in uses)
+        if multiplies and len(shape) == 2 and shape[0] % size == 0:
+            return size
+        self.without_blocks[name_of(linear.weight)] = size
+        return 0
 
     def _output_bits(self, linear: Linear) -> int:
         known = self._choices.linears.get(name_of(linear.weight))

@@ -19,7 +19,7 @@ from qnpu.compiler.graph_edit import (
 from qnpu.compiler.op_traits import float_values, is_float
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.qdq_edit import QdqEditor
-from qnpu.compiler.quant_types import Encoding, PerChannel
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel
 from qnpu.compiler.rules import MissingEncoding
 
 
@@ -34,6 +34,9 @@ class InsertQdq(Pass):
         h = MatMul(x_dequantized, W_dequantized)       W_dequantized = DQ(W_quantized, scale[N], 0)
         h_quantized = Q(h, h_scale, h_zero_point)
         h_dequantized = DQ(h_quantized, h_scale, h_zero_point)
+
+    A weight in blocks (LPBQ) has its scales dequantized in turn: W_dequantized =
+    DQ(W_quantized, DQ(W_block_scale, W_channel_scale, 0), 0).
 
     q = clamp(round(x / s) + z), x̂ = s · (q - z); half to even, as QuantizeLinear-23. Zero points
     are explicit everywhere (a default one is uint8). A requantize point's Identity becomes its
@@ -85,16 +88,26 @@ def _store_quantized(
     if array is None or value.dtype is None:
         return
     codes = editor.constant(f"{name}_quantized", table.quantize(name, array), encoding.spec.dtype)
-    axis = {}
-    if isinstance(encoding.spec.granularity, PerChannel):
-        # Counted from the end: ONNX Runtime 1.32 turns DequantizeLinear(axis=1) → MatMul into
-        # MatMulNBits with int8 activations, 129 LSB off at 16 bits, but leaves axis=-1 alone.
-        axis["axis"] = encoding.spec.granularity.axis - array.ndim
-    parameters = editor.parameters(name, encoding)
-    real = editor.dequantize(codes, name, parameters, value.dtype, before=first_user, **axis)
+    if isinstance(encoding.spec.granularity, PerBlock):
+        real = editor.dequantize_blocks(codes, name, encoding, value.dtype, before=first_user)
+    else:
+        real = _dequantized(editor, value, encoding, codes, first_user)
     replace_uses(value, real)
     if not value.is_graph_output():
         del editor.graph.initializers[name]
+
+
+def _dequantized(
+    editor: QdqEditor, value: ir.Value, encoding: Encoding, codes: ir.Value, first_user: ir.Node
+) -> ir.Value:
+    name, axis = name_of(value), {}
+    if isinstance(encoding.spec.granularity, PerChannel):
+        # Counted from the end: ONNX Runtime 1.32 turns DequantizeLinear(axis=1) → MatMul into
+        # MatMulNBits with int8 activations, 129 LSB off at 16 bits, but leaves axis=-1 alone.
+        axis["axis"] = encoding.spec.granularity.axis - len(codes.shape or ())
+    dtype = value.dtype or ir.DataType.FLOAT
+    parameters = editor.parameters(name, encoding)
+    return editor.dequantize(codes, name, parameters, dtype, before=first_user, **axis)
 
 
 def _insert_pair(editor: QdqEditor, value: ir.Value, encoding: Encoding) -> None:

@@ -254,7 +254,9 @@ class _Work:
         """Of the start, the data and the options."""
         table = self.compilation.encodings
         arrays = [array for run in self.feeds for array in run.values()]
-        arrays += [array for name in table for array in (table[name].scale, table[name].zero_point)]
+        for encoding in (table[name] for name in table):
+            arrays += [encoding.scale, encoding.zero_point]
+            arrays += [encoding.block_scales] if encoding.block_scales is not None else []
         for name, real in self.reals.items():
             arrays += [real, widened(table.quantize(name, real))]
         return fingerprint(options, repr((*self.activations, *self.reals)), arrays=arrays)

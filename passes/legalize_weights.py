@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.block_scales import whole_scales
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.operands import DEQUANTIZE, Operand, Operation
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of, spec_of
-from qnpu.compiler.quant_types import widened
+from qnpu.compiler.quant_types import Encoding, PerBlock, widened
 from qnpu.compiler.target import OpRule
 from qnpu.compiler.target_faults import channel_axis
 from qnpu.compiler.target_rules import RescaledBlocks
@@ -43,8 +44,7 @@ def to_lpbq(
 ) -> Lpbq:
     """Rounds block scales to integers over one float scale per channel, and the codes with them.
 
-    S[n] = max_b s[b, n] / top. A block scale is s / S rounded up or down, whichever gives the
-    smaller squared error once its codes are rounded anew.
+    See ``qnpu.compiler.block_scales.whole_scales``.
 
     Args:
         codes: (K, N), zero point taken off.
@@ -55,27 +55,11 @@ def to_lpbq(
     size = len(codes) // len(scales)
     blocks = codes.reshape(len(scales), size, -1)
     real: NDArray[np.float64] = blocks.astype(np.float64) * scales[:, None].astype(np.float64)
-    unit = (scales.max(axis=0) / np.float32(top)).astype(np.float32)
-    ratio = scales / unit
-    tried = [
-        _rounded(real, np.clip(r, 1, top), unit, low, high) for r in (ratio // 1, -(-ratio // 1))
-    ]
-    (down, down_codes, down_error), (up, up_codes, up_error) = tried
-    better = up_error < down_error
-    chosen = np.where(better, up, down)
-    new = np.where(better[:, None], up_codes, down_codes)
-    error, signal = np.minimum(up_error, down_error).sum(), np.square(real).sum()
+    whole = whole_scales(real, scales, low, high, top)
+    error, signal = whole.error.sum(), np.square(real).sum()
     sqnr = float(10 * np.log10(signal / error)) if error and signal else float("inf")
-    return Lpbq(new.reshape(codes.shape).astype(np.int64), chosen.astype(np.uint8), unit, sqnr)
-
-
-def _rounded(
-    real: NDArray[np.float64], steps: NDArray[Any], unit: NDArray[np.float32], low: int, high: int
-) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
-    """Block scales, codes at them, and the squared error of each block."""
-    scale = (steps * unit)[:, None].astype(np.float64)
-    codes = np.clip(np.rint(real / scale), low, high)
-    return steps, codes, np.square(codes * scale - real).sum(axis=1)
+    new = whole.codes.reshape(codes.shape).astype(np.int64)
+    return Lpbq(new, whole.multiples, whole.scale, sqnr)
 
 
 def lpbq(editor: QdqEditor, operation: Operation, rule: OpRule) -> bool:
@@ -128,38 +112,17 @@ def _blocked(weight: Operand) -> bool:
 def _double_dequantize(
     editor: QdqEditor, weight: Operand, result: Lpbq, middle: int, node: ir.Node
 ) -> ir.Value:
-    name, dtype = name_of(weight.value), spec_of(weight.dtype).dtype
-    shape = list(result.block_codes.shape)
-    zeros = np.zeros(result.scale.shape, np.uint8)
-    scale_inputs = [
-        editor.constant(f"{name}_block_scale", result.block_codes),
-        editor.constant(f"{name}_channel_scale", result.scale),
-        editor.constant(f"{name}_channel_zero_point", zeros),
-    ]
+    name = name_of(weight.value)
+    spec = replace(spec_of(weight.dtype), granularity=PerBlock(0, weight.block))
+    zero = np.full(result.scale.shape, middle, np.int32)
+    encoding = Encoding(spec, result.scale, zero, result.block_codes)
     first = min(
         (user for user in weight.value.consumers() if user.op_type == "MatMul"),
         key=_positions(node).__getitem__,
     )
-    scale = editor.node(
-        DEQUANTIZE, scale_inputs, f"{name}_block_scale_dequantized", shape, before=first, axis=1
-    )
-    narrow = dtype.numpy()
-    zero = np.full(shape, middle, np.int8).astype(narrow)
-    codes = (result.codes + middle).astype(np.int8).astype(narrow)
-    inputs = [
-        editor.constant(f"{name}_quantized", codes, dtype),
-        scale,
-        editor.constant(f"{name}_zero_point", zero, dtype),
-    ]
-    return editor.node(
-        DEQUANTIZE,
-        inputs,
-        f"{name}_dequantized",
-        list(result.codes.shape),
-        before=first,
-        axis=0,
-        block_size=weight.block,
-    )
+    codes = _narrow(result.codes + middle, spec.dtype)
+    stored = editor.constant(f"{name}_quantized", codes, spec.dtype)
+    return editor.dequantize_blocks(stored, name, encoding, before=first)
 
 
 def _positions(node: ir.Node) -> dict[ir.Node, int]:

@@ -262,8 +262,10 @@ class _Weight:
         return None
 
     def _codes(self, weight: Encoding) -> np.ndarray:
-        """Shape (features, channels)."""
-        return np.moveaxis(widened(weight.quantize(self.array)), self.linear.channel_axis, 1)
+        """Shape (features, channels); of blocks times their block scales."""
+        codes = weight.quantize(self.array)
+        whole = widened(codes) if weight.block_scales is None else weight.integers(codes)
+        return np.moveaxis(whole, self.linear.channel_axis, 1)
 
     def _fits(self, weight: Encoding) -> bool:
         codes = self._codes(weight)

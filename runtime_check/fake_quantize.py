@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec, widened
+from qnpu.compiler.quant_types import Encoding, PerTensor, QuantSpec, widened
 from qnpu.runtime_check.processes import whole
 
 # A learned scale keeps this part of its first value at least: none may vanish or turn negative.
@@ -90,6 +91,8 @@ def fake_quantized(x: Tensor, encoding: Encoding) -> Tensor:
     scale = torch.from_numpy(np.array(encoding.scale))
     zero = torch.from_numpy(encoding.zero_point.astype(np.float32))
     scale, zero = (_broadcast_to(x, part, encoding.spec) for part in (scale, zero))
+    multiples = _multiples(encoding)
+    scale = scale if multiples is None else scale * multiples
     low, high = encoding.spec.q_min, encoding.spec.q_max
     return _applied(FakeQuantize, x, scale, zero, low, high)
 
@@ -100,11 +103,19 @@ def _applied(function: type[torch.autograd.Function], *arguments: object) -> Ten
 
 
 def _broadcast_to(x: Tensor, parameter: Tensor, spec: QuantSpec) -> Tensor:
-    if not isinstance(spec.granularity, PerChannel):
+    """Of blocks as if there were none; see ``_multiples``."""
+    granularity = spec.granularity
+    if isinstance(granularity, PerTensor):
         return parameter
     shape = [1] * x.dim()
-    shape[spec.granularity.axis] = -1
+    shape[granularity.channel_axis] = -1
     return parameter.reshape(shape)
+
+
+def _multiples(encoding: Encoding) -> Tensor | None:
+    """What the scale is times at each element, uint8; None where there are no blocks."""
+    found = encoding.multiples()
+    return None if found is None else torch.from_numpy(found)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -195,8 +206,10 @@ class LearnedRounding(torch.nn.Module):
     well have been rounded the other way flips early. s is learned by its logarithm, and a step of
     it leaves the codes alone.
 
+    Scales of blocks stay the multiples of their channel's scale that they are.
+
     Args:
-        encoding: symmetric, per channel.
+        encoding: symmetric, per channel or per block.
         codes: to start from.
         real: w.
         margin: how far from flipping each latent starts at least, LSB: wider where gradients are
@@ -209,6 +222,7 @@ class LearnedRounding(torch.nn.Module):
     """
 
     _first: Tensor
+    _times: Tensor | None
 
     def __init__(
         self, encoding: Encoding, codes: NDArray[Any], real: NDArray[Any], margin: float = 0.01
@@ -216,18 +230,26 @@ class LearnedRounding(torch.nn.Module):
         super().__init__()
         self.spec: QuantSpec = encoding.spec
         self.register_buffer("_first", torch.from_numpy(np.array(encoding.scale)))
+        self.register_buffer("_times", _multiples(encoding))
+        self._encoding = encoding
         middle = torch.from_numpy(widened(codes).astype(np.float32))
         ratio = torch.from_numpy(real.astype(np.float32))
-        ratio = ratio / _broadcast_to(ratio, self._first, self.spec)
+        ratio = ratio / self._steps(_broadcast_to(ratio, self._first, self.spec))
         within = 0.5 - margin
         self.latent = torch.nn.Parameter(ratio.clamp(middle - within, middle + within))
         self.step = torch.nn.Parameter(torch.zeros(encoding.scale.shape))
 
     def forward(self) -> Tensor:
         """ŵ, float32."""
-        scale = _broadcast_to(self.latent, self._first * torch.exp(self.step), self.spec)
+        scale = self._steps(
+            _broadcast_to(self.latent, self._first * torch.exp(self.step), self.spec)
+        )
         codes = _applied(_RoundThrough, self.latent, self.spec.q_min, self.spec.q_max)
         return codes * scale
+
+    def _steps(self, scale: Tensor) -> Tensor:
+        """Real units per LSB at each element, from those of channels."""
+        return scale if self._times is None else scale * self._times
 
     def clamp(self) -> None:
         """Keeps v within half an LSB of the range: further out it could only come back late."""
@@ -239,5 +261,4 @@ class LearnedRounding(torch.nn.Module):
         scale = (self._first * torch.exp(whole(self.step))).numpy()
         low, high = self.spec.q_min, self.spec.q_max
         nearest = whole(self.latent).round().clamp_(low, high).to(torch.int8).numpy()
-        zero = np.zeros(scale.shape, np.int32)
-        return Encoding(self.spec, np.array(scale), zero), nearest.astype(self.spec.code_dtype)
+        return replace(self._encoding, scale=np.array(scale)), nearest.astype(self.spec.code_dtype)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qnpu.compiler.block_scales import encode_blocks
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
 from qnpu.compiler.graph_edit import constant_array, name_of
@@ -25,7 +26,7 @@ from qnpu.compiler.op_traits import (
     normalized_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, ProgressCallback
-from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel, QuantSpec
 from qnpu.compiler.rotated_weights import rotated_weights
 from qnpu.compiler.rules import NonFiniteActivation
 from qnpu.compiler.topology import as_feature_linear, input_axis
@@ -232,6 +233,8 @@ def encode_constants(compilation: Compilation, method: RangeMethod) -> None:
 def _encode_constant(
     array: np.ndarray, spec: QuantSpec, method: RangeMethod, *, rotated: bool
 ) -> Encoding:
+    if isinstance(spec.granularity, PerBlock):
+        return _encode_blocks(array, spec, spec.granularity, method, rotated=rotated)
     if isinstance(spec.granularity, PerChannel):
         low, high = channel_range(array, spec, spec.granularity.axis, method, rotated=rotated)
         return Encoding.from_range(spec, low, high)
@@ -241,6 +244,17 @@ def _encode_constant(
         scale = np.abs(array.flat[0]).astype(np.float32)  # codes ±1, exactly
         return Encoding(spec, np.asarray(scale), np.asarray(0, np.int32))
     return Encoding.from_range(spec, float(array.min()), float(array.max()))
+
+
+def _encode_blocks(
+    array: np.ndarray, spec: QuantSpec, blocks: PerBlock, method: RangeMethod, *, rotated: bool
+) -> Encoding:
+    """Each block's range as a channel's would be taken, then whole block scales."""
+    rows = np.moveaxis(array, blocks.axis, 1)  # (channels, features)
+    of_blocks = rows.reshape(-1, blocks.size)
+    _, high = channel_range(of_blocks, spec, 0, method, rotated=rotated)
+    scales = (high / np.float32(spec.q_max)).reshape(len(rows), -1)
+    return encode_blocks(array, spec, np.moveaxis(scales, 1, blocks.axis))
 
 
 def _encode_fixed(compilation: Compilation) -> None:

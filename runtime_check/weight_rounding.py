@@ -8,14 +8,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qnpu.compiler.encodings import EncodingTable
-from qnpu.compiler.gptq import SCALES_AROUND, CodeRange, likely_scales, round_weight
+from qnpu.compiler.gptq import (
+    SCALES_AROUND,
+    CodeRange,
+    around,
+    block_multiples,
+    likely_scales,
+    round_weight,
+    steps_of,
+)
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.op_traits import Linear, layout_inputs
 from qnpu.compiler.pass_base import ProgressCallback
-from qnpu.compiler.quant_types import Encoding
+from qnpu.compiler.quant_types import Encoding, PerBlock, QuantSpec
 from qnpu.compiler.scale_grid import FLOAT32_BITS, WEIGHT_BITS, few_bits_above, weight_factor
 from qnpu.compiler.seqmse import clip_weight
 from qnpu.runtime_check.quantized_run import advance
@@ -84,25 +93,31 @@ def _round(
     options: RoundingOptions,
 ) -> None:
     # Linears that share an input share H, and are rounded as one: a third fewer small products.
-    groups: dict[tuple[str, CodeRange], list[Linear]] = {}
+    groups: dict[tuple[str, CodeRange, int], list[Linear]] = {}
     for node in segment.nodes:
         linear = linears.get(node)
         if linear is None or table.has_codes(name_of(linear.weight)):
             continue
         spec = table[name_of(linear.weight)].spec
-        key = name_of(linear.activation), CodeRange(spec.q_min, spec.q_max)
+        key = name_of(linear.activation), CodeRange(spec.q_min, spec.q_max), _block_size(spec)
         groups.setdefault(key, []).append(linear)
     moments: dict[str, Tensor] = {}
-    for (source, codes), group in groups.items():
+    for (source, codes, block), group in groups.items():
         if source not in moments:
             moments[source] = _moment([rows_of(batch[source]) for batch in batches])
         by_name = {name_of(linear.weight): linear for linear in group}  # a weight may be shared
-        _choose(list(by_name.values()), codes, moments[source], table, options)
+        _choose(list(by_name.values()), codes, block, moments[source], table, options)
+
+
+def _block_size(spec: QuantSpec) -> int:
+    """Features that share a block scale; 0 where there are no blocks."""
+    return spec.granularity.size if isinstance(spec.granularity, PerBlock) else 0
 
 
 def _choose(
     linears: Sequence[Linear],
     codes: CodeRange,
+    block: int,
     moment: Tensor,
     table: EncodingTable,
     options: RoundingOptions,
@@ -110,26 +125,46 @@ def _choose(
     parts = [_channels(linear) for linear in linears]
     factors = [snapped_factor(linear, table) for linear in linears]
     rows = torch.cat(parts)
+    blocks = block_multiples(rows, moment, codes, block) if block else None
+    multiples = None if blocks is None else blocks[0].repeat_interleave(block, dim=1)
     if options.nearest:
-        clipped = clip_weight(rows, moment, codes)
+        clipped = clip_weight(rows, moment, codes, multiples)
         scale = _snapped(clipped.scale, parts, factors)
         if not torch.equal(scale, clipped.scale):
-            clipped = replace(clipped, scale=scale, codes=codes.round(rows / scale[:, None]))
+            nearest = codes.round(rows / steps_of(scale, multiples))
+            clipped = replace(clipped, scale=scale, codes=nearest)
         rounded = clipped
     else:
-        scales = likely_scales(rows, moment, codes, options.scales)
-        scales = _snapped(scales, parts, factors)
+        if blocks is None:
+            likely = likely_scales(rows, moment, codes, options.scales)
+        else:
+            likely = around(blocks[1], options.scales)
+        scales = _snapped(likely, parts, factors)
         rounded = round_weight(
-            rows, moment, scales, codes, damping=options.damping, sweeps=options.sweeps
+            rows,
+            moment,
+            scales,
+            codes,
+            damping=options.damping,
+            sweeps=options.sweeps,
+            multiples=multiples,
         )
     sizes = [len(part) for part in parts]
     split = torch.split(rounded.scale, sizes), torch.split(rounded.codes, sizes)
-    for linear, scale, whole in zip(linears, *split, strict=True):
+    of_blocks = [None] * len(sizes) if blocks is None else torch.split(blocks[0], sizes)
+    for linear, scale, whole, some in zip(linears, *split, of_blocks, strict=True):
         name = name_of(linear.weight)
         spec = table[name].spec
-        found = np.moveaxis(whole.numpy(), 0, linear.channel_axis).astype(np.int8)
-        encoding = Encoding(spec, scale.numpy().copy(), np.zeros(len(scale), np.int32))
-        table.choose_codes(name, encoding, np.ascontiguousarray(found).astype(spec.code_dtype))
+        found = _as_stored(whole, linear).astype(np.int8)
+        zero = np.zeros(len(scale), np.int32)
+        steps = None if some is None else _as_stored(some, linear).astype(np.uint8)
+        encoding = Encoding(spec, scale.numpy().copy(), zero, steps)
+        table.choose_codes(name, encoding, found.astype(spec.code_dtype))
+
+
+def _as_stored(rows: Tensor, linear: Linear) -> NDArray[np.float32]:
+    """Rows of channels as the linear's weight has them."""
+    return np.ascontiguousarray(np.moveaxis(rows.numpy(), 0, linear.channel_axis))
 
 
 def _channels(linear: Linear) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -825,3 +827,52 @@ def test_four_bits_need_a_rotation_whoever_chose_them() -> None:
     assert compilation.bit_plan.choices.linears["w"] == LinearBits(4, 8)
     assert {item.code for item in compilation.diagnostics} == {"QN506"}
     assert "instead of 4" in str(compilation.diagnostics[0])
+
+
+def blocked(
+    body: str, *, target: str = "qnn-htp-v75", choices: BitChoices | None = None
+) -> tuple[Compilation, dict[str, str]]:
+    """The pass at w4a16 in blocks of 16, W of 32 features, V of 24, and a Gemm's."""
+    wide = ", ".join(["1"] * 64)
+    text = f"""
+        g (float[2, 32] x, float[2, 24] z) => (float[2, 2] y)
+        <float[32, 2] w = {{{wide}}}, float[24, 2] v = {{{", ".join(["1"] * 48)}}},
+         float[32, 2] u = {{{wide}}}, float[32, 2] head = {{{wide}}}>
+        {{ {body} }}
+    """
+    compilation = Compilation(parse(text), load_target(target))
+    scheme = replace(Scheme.parse("w4a16"), block=16)
+    AssignBitWidths(scheme, choices=choices).run(compilation)
+    return compilation, specs(compilation)
+
+
+BLOCKED = """
+    a = MatMul(x, w)  b = MatMul(z, v)  c = Gemm(x, u)
+    d = Add(a, b)  e = Add(d, c)  f = MatMul(x, head)  y = Add(e, f)
+"""
+IN_BLOCKS = "s4 symmetric per-block(axis=0, size=16)"
+PER_CHANNEL = "s4 symmetric per-channel(axis=1)"
+
+
+def test_weights_that_blocks_do_not_fit() -> None:
+    compilation, found = blocked(BLOCKED)
+    assert found["w"] == IN_BLOCKS
+    assert found["v"] == found["u"] == PER_CHANNEL
+    (note,) = compilation.diagnostics
+    assert note.code == "QN544"
+    assert "2 4-bit weights" in str(note)
+    bits = compilation.bit_plan.choices.linears
+    assert (bits["w"].weight_name, bits["v"].weight_name) == ("4b16", 4)
+
+
+def test_a_plan_may_have_blocks_of_its_own() -> None:
+    choices = BitChoices({"w": LinearBits(4, 16, 32), "u": LinearBits(8, 16)})
+    _, found = blocked(BLOCKED, choices=choices)
+    assert found["w"] == "s4 symmetric per-block(axis=0, size=32)"
+    assert found["u"] == WEIGHT
+
+
+def test_a_plan_with_blocks_for_a_target_without() -> None:
+    with pytest.raises(DiagnosticError) as caught:
+        blocked(BLOCKED, target="xdna2")
+    assert caught.value.codes == ["QN543"]

@@ -28,16 +28,29 @@ def test_read_as_written(tmp_path: Path) -> None:
     assert read_plan(written(tmp_path, tensors=None, more=1)) == ("w4a8", CHOICES)
 
 
+def test_blocks_as_a_plan_writes_them(tmp_path: Path) -> None:
+    choices = BitChoices({"w": LinearBits(4, 16, 32), "v": LinearBits(4, 8, 128)})
+    linears = choices.to_json()["linears"]
+    assert linears == {"w": {"weight": "4b32", "input": 16}, "v": {"weight": "4b128", "input": 8}}
+    assert read_plan(written(tmp_path, linears=linears, caches={}))[1] == choices
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"format": "json"}, "`format` is 'json'"),
         ({"version": 1}, "`version`"),
         ({"scheme": 8}, "`scheme`"),
-        ({"linears": {"w": {"weight": 5, "input": 8}}}, "`linears.w.weight` is 5, not one of 4, 8"),
+        (
+            {"linears": {"w": {"weight": 5, "input": 8}}},
+            "`linears.w.weight` is 5, not one of 4,",
+        ),
         ({"linears": {"w": {"weight": 4, "input": 2}}}, "`linears.w.input` is 2"),
         ({"linears": {"w": {"weight": 4}}}, "`linears.w.input`: Field required"),
-        ({"linears": {"w": {"weight": "4", "input": 8}}}, "`linears.w.weight`"),
+        ({"linears": {"w": {"weight": "4", "input": 8}}}, "`linears.w.weight` is '4'"),
+        ({"linears": {"w": {"weight": "4b20", "input": 8}}}, "`linears.w.weight` is '4b20'"),
+        ({"linears": {"w": {"weight": "8b32", "input": 8}}}, "`linears.w.weight` is '8b32'"),
+        ({"linears": {"w": {"weight": 4.0, "input": 8}}}, "`linears.w.weight"),
         ({"linears": {"w": {"weight": 4, "input": 8, "output": 8}}}, "`linears.w.output`"),
         ({"linears": []}, "`linears`"),
         ({"caches": {"scores": 4}}, "`caches.scores` is 4, not one of 8, 16"),

@@ -167,3 +167,29 @@ def test_json_names_every_option() -> None:
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CompileConfig().scheme = "w8a8"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"scheme": "w8a16"}, "QN543"),
+        ({"target": "xdna2"}, "QN543"),
+        ({"weight_block": 31}, "QN503"),
+        ({"emit": ("encodings-0.6.1",)}, "QN314"),
+        ({"plan": "bit_plan.json"}, "QN503"),
+        ({"scheme": "auto", "budget": "size=1MB"}, "QN503"),
+        ({"learn": "end-to-end", "learn_weights": "rotations"}, "QN503"),
+    ],
+)
+def test_blocks_that_there_are_not(options: dict[str, Any], code: str) -> None:
+    asked: dict[str, Any] = {"scheme": "w4a16", "weight_block": 32} | options
+    with pytest.raises(DiagnosticError) as caught:
+        CompileConfig(**asked)
+    assert caught.value.codes == [code]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "qnn-htp-v68", "qnn-htp-v81"])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_blocks_that_there_are(target: str, block: int) -> None:
+    config = CompileConfig(scheme="w4a8", target=target, weight_block=block)
+    assert config.bits_by_role.block == block

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from bench.modelled_workloads import LLAMA_3_2_3B, rows
 from qnpu.compiler.bit_choices import LinearBits
 from qnpu.compiler.cost_model import (
-    BlockBits,
     CostModel,
     LinearShape,
     ModelShape,
@@ -73,8 +72,8 @@ def test_bytes_of_a_weight() -> None:
     assert model.linear_bytes(SQUARE, LinearBits(8, 8)) == 40 * 30 + 30 * 4
     assert model.linear_bytes(SQUARE, LinearBits(4, 16)) == 40 * 30 // 2 + 30 * 4
     # 40 features are three blocks of 16, each with a scale of 4 bits
-    assert model.linear_bytes(SQUARE, BlockBits(4, 16, 16)) == 600 + 120 + 30 * 3 // 2
-    assert model.linear_bytes(LinearShape("w", 1, 1), BlockBits(4, 16, 16)) == 5
+    assert model.linear_bytes(SQUARE, LinearBits(4, 16, 16)) == 600 + 120 + 30 * 3 // 2
+    assert model.linear_bytes(LinearShape("w", 1, 1), LinearBits(4, 16, 16)) == 5
 
 
 def test_pairs_that_a_profile_lists() -> None:
@@ -104,7 +103,7 @@ def test_the_slower_of_reading_and_computing() -> None:
     computing = 2 * 100 * 40 * 30 / 8000
     assert model.linear_seconds(SQUARE, LinearBits(8, 16), many) == computing
     assert model.linear_seconds(SQUARE, LinearBits(8, 8), many) == computing / 2
-    assert model.linear_seconds(SQUARE, BlockBits(4, 16, 8), many) == computing * 2
+    assert model.linear_seconds(SQUARE, LinearBits(4, 16, 8), many) == computing * 2
 
 
 def test_each_run_is_counted() -> None:
@@ -186,7 +185,7 @@ def test_llama_has_the_published_number_of_weights() -> None:
 
 
 CHOICES = st.sampled_from(
-    [LinearBits(4, 8), LinearBits(8, 8), LinearBits(4, 16), LinearBits(8, 16), BlockBits(4, 16, 32)]
+    [LinearBits(w, x) for w in (4, 8) for x in (8, 16)] + [LinearBits(4, 16, 32)]
 )
 
 
@@ -275,7 +274,7 @@ def test_targets_and_widths_without_figures() -> None:
         CostModel.of(load_target("xdna2"))
     assert caught.value.codes == ["QN508"]
     rockchip = CostModel.of(load_target("rknpu2-rk3588"))
-    for bits in (LinearBits(8, 16), BlockBits(4, 8, 32)):
+    for bits in (LinearBits(8, 16), LinearBits(4, 8, 32)):
         with pytest.raises(DiagnosticError) as caught:
             rockchip.linear_seconds(SQUARE, bits, Workload(1, 1))
         assert caught.value.codes == ["QN508"]

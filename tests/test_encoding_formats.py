@@ -20,7 +20,7 @@ from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import float_values
 from qnpu.compiler.pass_base import Compilation
-from qnpu.compiler.quant_types import Encoding, PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel, PerTensor, QuantSpec
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
 from qnpu.passes.unify_encodings import UnifyEncodings
@@ -393,3 +393,58 @@ def test_what_is_no_encodings_file(document: Any) -> None:
     with pytest.raises(DiagnosticError) as caught:
         read_encodings(document, linear())
     assert caught.value.codes == ["QN306"]
+
+
+def blocks() -> tuple[ir.Graph, EncodingTable]:
+    """x (1, 4) times w (4, 2) in blocks of 2."""
+    graph = parse(
+        "g (float[1, 4] x) => (float[1, 2] y) <float[4, 2] w = {1, 1, 1, 1, 1, 1, 1, 1}>"
+        " { y = MatMul(x, w) }"
+    ).graph
+    weight = Encoding(
+        QuantSpec(4, True, True, PerBlock(0, 2)),
+        np.array([0.5, 0.25], np.float32),
+        np.zeros(2, np.int32),
+        np.array([[3, 15], [1, 7]], np.uint8),
+    )
+    return graph, table(x=X, w=weight, y=Y)
+
+
+def test_blocks_in_version_1_0_0() -> None:
+    """As AIMET writes them: codes of 8 bits, compressed to 4, block scales channel by channel."""
+    graph, encodings = blocks()
+    document: Any = json.loads(json.dumps(export_encodings(encodings, graph, "1.0.0")))
+    assert document["param_encodings"] == [
+        {
+            "name": "w",
+            "dtype": "INT",
+            "enc_type": "LPBQ",
+            "is_sym": True,
+            "bw": 8,
+            "compressed_bw": 4,
+            "block_size": 2,
+            "scale": [0.5, 0.25],
+            "offset": [-128, -128],
+            "per_block_int_scale": [3, 1, 15, 7],
+        }
+    ]
+
+
+def test_blocks_in_version_2_0_0() -> None:
+    graph, encodings = blocks()
+    document: Any = json.loads(json.dumps(export_encodings(encodings, graph, "2.0.0")))
+    assert document["encodings"][1] == {
+        "name": "w",
+        "output_dtype": "int4",
+        "per_channel_float_scale": [[0.5, 0.25]],
+        "per_block_int_scale": [[3, 15], [1, 7]],
+        "axis": 0,
+        "block_size": 2,
+    }
+
+
+def test_blocks_that_a_version_cannot_hold() -> None:
+    graph, encodings = blocks()
+    with pytest.raises(DiagnosticError) as caught:
+        export_encodings(encodings, graph, "0.6.1")
+    assert caught.value.codes == ["QN314"]

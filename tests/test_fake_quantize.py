@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnpu.compiler.quant_types import Encoding, PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel, PerTensor, QuantSpec
 from qnpu.runtime_check.fake_quantize import LearnedRounding, Quantizer, fake_quantized
 from tests.conftest import normal
 
@@ -136,3 +136,27 @@ def test_a_latent_stays_within_reach_of_the_range() -> None:
     learned.clamp()
     assert float(learned.latent.detach().max()) == spec.q_max + 0.5
     assert learned.codes()[1].astype(np.int8).max() == spec.q_max
+
+
+def test_blocks_learn_their_channels_scales() -> None:
+    encoding = Encoding(
+        QuantSpec(4, True, True, PerBlock(0, 2)),
+        np.array([0.1, 0.2, 0.3], np.float32),
+        np.zeros(3, np.int32),
+        np.array([[15, 3, 1], [4, 5, 6]], np.uint8),
+    )
+    real = normal(4, 3, seed=2)
+    codes = encoding.quantize(real)
+    learned = LearnedRounding(encoding, codes, real)
+    np.testing.assert_allclose(learned().detach().numpy(), encoding.dequantize(codes), rtol=1e-6)
+    found = fake_quantized(torch.from_numpy(real), encoding).numpy()
+    np.testing.assert_allclose(found, encoding.dequantize(codes), rtol=1e-6)
+    with torch.no_grad():
+        learned.step.add_(0.1)
+    learned().sum().backward()
+    assert learned.step.grad is not None
+    assert learned.step.grad.shape == (3,)
+    moved, same = learned.codes()
+    assert np.array_equal(same.astype(np.int8), codes.astype(np.int8))
+    np.testing.assert_allclose(moved.scale, encoding.scale * np.exp(0.1), rtol=1e-6)
+    assert np.array_equal(np.asarray(moved.block_scales), np.asarray(encoding.block_scales))

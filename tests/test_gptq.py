@@ -11,6 +11,8 @@ from torch import Tensor
 from qnpu.compiler.gptq import (
     CodeRange,
     RoundedWeight,
+    around,
+    block_multiples,
     damped,
     likely_scales,
     quadratic_error,
@@ -160,3 +162,51 @@ def test_likely_scales_clip_an_outlier_that_costs_little() -> None:
     moment[0, 0] = 1e6
     assert likely_scales(real, moment, INT4)[1, 1] > 0.8 * full[1]
     assert bool((scales > 0).all())
+
+
+def in_blocks(real: Tensor, moment: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Multiples at each element and candidates of scales."""
+    multiples, scale = block_multiples(real, moment, INT4, size)
+    return multiples.repeat_interleave(size, dim=1), around(scale)
+
+
+def test_blocks_of_one_multiple_are_plain_channels() -> None:
+    real, moment = weight(8, 64), correlated(64)
+    plain = round_weight(real, moment, one_scale(real), INT4)
+    same = round_weight(real, moment, one_scale(real) / 4, INT4, multiples=torch.full((8, 64), 4.0))
+    assert torch.equal(plain.codes, same.codes)
+    assert torch.equal(plain.scale, same.scale * 4)
+
+
+def test_blocks_lose_less_than_channels_where_features_differ_in_size() -> None:
+    real = weight(16, 128) * torch.linspace(0.2, 2.0, 4).repeat_interleave(32)
+    moment = correlated(128)
+    multiples, scales = in_blocks(real, moment, 32)
+    rounded = round_weight(real, moment, scales, INT4, multiples=multiples)
+    plain = round_weight(real, moment, likely_scales(real, moment, INT4), INT4)
+    assert rounded.error.sum() < 0.6 * plain.error.sum()
+    assert rounded.multiples is multiples
+    again = error_of(real, rounded, moment, 0.01)
+    torch.testing.assert_close(again, rounded.error, rtol=1e-3, atol=1e-3)
+    nearest_codes = INT4.round(real / (rounded.scale[:, None] * multiples))
+    to_nearest = RoundedWeight(nearest_codes, rounded.scale, torch.zeros(16), multiples)
+    assert again.sum() < 0.8 * error_of(real, to_nearest, moment, 0.01).sum()
+
+
+def test_multiples_go_by_the_least_error_of_their_blocks() -> None:
+    """Within a quarter of the error of the best of all multiples, where H is diagonal."""
+    real = weight(8, 64) * torch.linspace(0.3, 1.0, 4).repeat_interleave(16)
+    moment = torch.diag(torch.rand(64, dtype=torch.float64) + 0.1)
+    multiples, scale = block_multiples(real, moment, INT4, 16)
+    assert multiples.shape == (8, 4)
+    assert int(multiples.min()) >= 1
+    assert int(multiples.max()) == 15
+    rows = real.reshape(8, 4, 16)
+    importance = moment.diagonal().reshape(4, 16).float()
+
+    def loss(whole: Tensor) -> Tensor:
+        steps = (whole * scale[:, None])[..., None]
+        return ((rows - INT4.round(rows / steps) * steps).square() * importance).sum(dim=-1)
+
+    best = torch.stack([loss(torch.full((8, 4), float(m))) for m in range(1, 16)]).amin(dim=0)
+    assert loss(multiples).sum() < 1.25 * best.sum()

@@ -11,7 +11,7 @@ import pytest
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encoding_formats import VERSIONS, export_encodings
-from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.handout import Handout, make_handout
 from qnpu.compiler.op_traits import float_values
 from qnpu.compiler.pass_base import Compilation
@@ -22,7 +22,8 @@ from qnpu.passes.legalize_target import LegalizeTarget
 from qnpu.passes.lower_io import LowerIo
 from tests.conftest import normal, parse, run_model
 from tests.decoders import JOINED, PAST, serialized, toy
-from tests.test_legalize_target import foreign_file
+from tests.qdq_cases import matmul_const
+from tests.test_legalize_target import foreign_file, model_of
 from tests.test_lower_io import REAL, SAMPLES, compiled
 
 PAIRS = """
@@ -209,3 +210,20 @@ def test_a_file_of_another_quantizer(tmp_path: Path) -> None:
     x = normal(1, 8, 16)
     expected, found = (run_model(m, {"x": x})[0] for m in (model, inserted(handout)))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_in_blocks() -> None:
+    """Each is what its codes stand for, and its encoding makes the same pairs of it again."""
+    model = model_of(matmul_const("u16", "s4", "lpbq16", mkn=(4, 32, 8)))
+    handout = make_handout(model)
+    assert {node.op_type for node in handout.float_model.graph} == {"MatMul"}
+    assert not gaps(handout)
+    (weight,) = handout.float_model.graph.initializers
+    encoding, real = handout.encodings[weight], handout.float_model.graph.initializers[weight]
+    assert str(encoding.spec) == "s4 symmetric per-block(axis=0, size=16)"
+    array = constant_array(real)
+    assert array is not None
+    np.testing.assert_array_equal(encoding.dequantize(encoding.quantize(array)), array)
+    feeds = {name_of(v): normal(*static_shape(v) or ()) for v in handout.float_model.graph.inputs}
+    before, after = run_model(model, feeds), run_model(inserted(handout), feeds)
+    np.testing.assert_array_equal(before[0], after[0])

@@ -11,9 +11,12 @@ from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_checks import check_graph
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Stage
 from qnpu.compiler.printer import model_to_text
-from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
+from qnpu.compiler.qdq_edit import block_encoding_of
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel, QuantSpec
 from qnpu.compiler.verify import verify_stage
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.calibrate_ranges import CalibrateRanges
@@ -198,3 +201,37 @@ def test_a_weight_is_dequantized_right_before_its_first_use() -> None:
     order = [node.outputs[0].name for node in compilation.graph]
     assert order.index("w_dequantized") == order.index("c") - 1
     assert order.count("w_dequantized") == 1
+
+
+def test_a_weight_in_blocks_has_its_scales_dequantized() -> None:
+    text = """
+        g (float[1, 4] x) => (float[1, 2] h)
+        <float[4, 2] w = {0.5, 1, -3.5, -6.9, 2, 0.1, 7, -0.3}> { h = MatMul(x, w) }
+    """
+    weight = Encoding(
+        QuantSpec(4, True, True, PerBlock(0, 2)),
+        np.array([0.125, 0.25], np.float32),
+        np.zeros(2, np.int32),
+        np.array([[4, 4], [8, 1]], np.uint8),
+    )
+    table = {"x": encoding(U16, 0.25, 700), "w": weight, "h": encoding(U16, 0.5, 128)}
+    compilation, _ = inserted(text, table)
+    text = model_to_text(compilation.model)
+    assert "<axis: int = 1>(w_block_scale, w_channel_scale, w_channel_zero_point)" in text
+    assert "<axis: int = 0, block_size: int = 2>(w_quantized, w_block_scale_dequantized" in text
+    zero = constant_array(compilation.graph.initializers["w_zero_point"])
+    assert zero is not None
+    assert zero.shape == (2, 2)
+    (node,) = (n for n in compilation.graph if n.op_type == "MatMul")
+    assert node.inputs[1] is not None
+    operand = input_operand(node.inputs[1])
+    assert operand.granularity == "lpbq"
+    read = block_encoding_of(operand)
+    assert read is not None
+    assert read.same_as(weight)
+    x = normal(1, 4, scale=3.0)
+    weights = np.array([[0.5, 1], [-3.5, -6.9], [2, 0.1], [7, -0.3]], np.float32)
+    rounded = {"x": table["x"].dequantize(table["x"].quantize(x))}
+    real = rounded["x"] @ weight.dequantize(weight.quantize(weights))
+    expected = table["h"].dequantize(table["h"].quantize(real))
+    np.testing.assert_array_equal(run_model(compilation.model, {"x": x})[0], expected)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_math import round_half_up
 from qnpu.compiler.integer_only import float_faults
@@ -250,3 +251,60 @@ def test_ratios_too_small_for_float32() -> None:
     found = folded(model, a=np.full((1, features), 254, np.uint8))
     assert operators(model)[-2:] == ["MatMulInteger", "IntRequantizeShort"]
     assert int(found[0, 0]) == round_half_up(Fraction(features * 127 * 254 * 15, 1 << 24))
+
+
+@pytest.mark.parametrize("cpu", [Cpu.ANY, Cpu.VNNI])
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16"])
+@pytest.mark.parametrize("weight", ["int4", "uint4"])
+def test_weights_in_blocks_are_int8_weights_per_channel(kind: str, weight: str, cpu: Cpu) -> None:
+    """4-bit codes times whole block scales are whole numbers of one scale per channel."""
+    random = np.random.default_rng(3)
+    numbers, times = random.integers(-7, 8, (32, 6)), random.integers(1, 16, (2, 6))
+    scales = np.linspace(0.0001, 0.002, 6).astype(np.float32)
+    zero = 8 if weight == "uint4" else 0
+    model = parse(f"""
+        g ({kind}[5, 32] a, {weight}[32, 6] w, {weight}[2, 6] zw, uint8[2, 6] m)
+        => (uint16[5, 6] y)
+        <float[6] sw = {{{",".join(repr(float(s)) for s in scales)}}},
+         float sa = {{0.013}}, {kind} za = {{100}}, float sy = {{0.05}}, uint16 zy = {{30000}}>
+        {{ ra = DequantizeLinear(a, sa, za)
+           t = DequantizeLinear<axis = 1>(m, sw)
+           rw = DequantizeLinear<axis = 0, block_size = 16>(w, t, zw)
+           h = MatMul(ra, rw)
+           y = QuantizeLinear(h, sy, zy) }}
+    """)
+    dtype = ir.DataType[weight.upper()]
+    with_constant(model, "w", numbers + zero, dtype)
+    with_constant(model, "zw", np.full((2, 6), zero), dtype)
+    with_constant(model, "m", times, ir.DataType.UINT8)
+    if not adds_in_32_bits() and cpu is Cpu.VNNI:
+        pytest.skip("this CPU saturates")
+    a = codes(KINDS[kind], 5, 32)
+    assert apply(FoldRequantize(cpu), model) > 0
+    assert list(float_faults(model)) == []
+    assert {v.dtype for v in model.graph.initializers.values()}.isdisjoint({dtype})
+    (found,) = run_model(model, {"a": a})
+    sums = whole(a, 100) @ (numbers * np.repeat(times, 16, axis=0)).astype(object)
+    for channel, step in enumerate(scales):
+        ratio = scale("a") * Fraction(float(step)) / scale("y")
+        expected = rounded(sums[:, channel], ratio, 30000, U16)
+        np.testing.assert_array_equal(found[:, channel], expected)
+
+
+def test_blocks_that_no_byte_holds_stay_float() -> None:
+    """Block scales of another tool's file may have eight bits."""
+    model = parse("""
+        g (uint8[5, 32] a, int4[32, 6] w, uint8[2, 6] m) => (uint16[5, 6] y)
+        <float[6] sw = {1, 1, 1, 1, 1, 1}, float sa = {0.013}, uint8 za = {100},
+         float sy = {0.05}, uint16 zy = {30000}>
+        { ra = DequantizeLinear(a, sa, za)
+          t = DequantizeLinear<axis = 1>(m, sw)
+          rw = DequantizeLinear<axis = 0, block_size = 16>(w, t)
+          h = MatMul(ra, rw)
+          y = QuantizeLinear(h, sy, zy) }
+    """)
+    with_constant(model, "w", np.full((32, 6), 7), ir.DataType.INT4)
+    with_constant(model, "m", np.full((2, 6), 19), ir.DataType.UINT8)
+    with pytest.raises(DiagnosticError) as caught:
+        apply(FoldRequantize(), model)
+    assert caught.value.codes == ["QN401"]

@@ -35,6 +35,15 @@ def test_bits_of_every_linear_and_cache() -> None:
         assert (row.bits, dict(row.losses)) == (width, {})
 
 
+def test_blocks_of_a_weight() -> None:
+    model = canonical("llama")
+    name = find_items(model).groups[0].linears[0].shape.name
+    rows = bit_rows(model, BitChoices({name: LinearBits(4, 16, 32)}))
+    (row,) = (row for row in rows if row.name == name)
+    assert (row.label, row.words) == ("4b32", "4, blocks of 32")
+    assert {other.words for other in rows if other is not row} == {"16"}
+
+
 def test_what_no_bits_were_chosen_for_is_left_out() -> None:
     assert bit_rows(canonical("llama"), BitChoices()) == ()
 

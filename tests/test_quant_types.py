@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnpu.compiler.quant_types import Encoding, PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.quant_types import Encoding, PerBlock, PerChannel, PerTensor, QuantSpec
 from qnpu.runtime_check.session import Mode, open_session
-from tests.conftest import Array, normal, parse
+from tests.conftest import Array, normal, parse, run_model
 
 KINDS = [
     (4, True, True),
@@ -43,6 +46,12 @@ def exact(encoding: Encoding, code: int) -> Fraction:
         (QuantSpec(4, True, False), -8, 7, "s4 asymmetric per-tensor"),
         (QuantSpec(8, False, False), 0, 255, "u8 asymmetric per-tensor"),
         (QuantSpec(8, True, True, PerChannel(1)), -127, 127, "s8 symmetric per-channel(axis=1)"),
+        (
+            QuantSpec(4, True, True, PerBlock(0, 9)),
+            -7,
+            7,
+            "s4 symmetric per-block(axis=0, size=9)",
+        ),
         (QuantSpec(16, False, True), 0, 65535, "u16 symmetric per-tensor"),
         (QuantSpec(32, True, True), -(2**31) + 1, 2**31 - 1, "s32 symmetric per-tensor"),
     ],
@@ -214,3 +223,70 @@ def test_ties_go_to_even_as_in_onnx_runtime(kind: tuple[int, bool]) -> None:
     assert_same_as_kernel(encoding, halves * np.float32(0.25))
     inner = encoding.quantize(np.array([0.125, 0.375, -0.125, -0.375], np.float32))
     assert (inner.astype(int) - zero).tolist() == [0, 2, 0, -2]
+
+
+def in_blocks(axis: int, **changes: object) -> Encoding:
+    """Of a (6, 4) matrix, channels along the other axis."""
+    channels, shape = (4, (3, 4)) if axis == 0 else (6, (6, 2))
+    multiples = np.random.default_rng(1).integers(1, 16, shape).astype(np.uint8)
+    encoding = Encoding(
+        QuantSpec(4, True, True, PerBlock(axis, 2)),
+        np.linspace(0.01, 0.3, channels, dtype=np.float32),
+        np.zeros(channels, np.int32),
+        multiples,
+    )
+    return replace(encoding, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_are_the_double_dequantization_of_onnx_runtime(axis: int) -> None:
+    encoding = in_blocks(axis)
+    real = normal(6, 4, seed=3, scale=2.0)
+    codes, multiples = encoding.quantize(real), encoding.block_scales
+    assert multiples is not None
+    rows, columns = multiples.shape
+    channels = len(encoding.scale)
+    model = parse(
+        f"g (uint8[{rows}, {columns}] m, float[{channels}] s, int4[6, 4] q) => (float[6, 4] y)"
+        f" {{ t = DequantizeLinear<axis: int = {1 - axis}>(m, s)"
+        f" y = DequantizeLinear<axis: int = {axis}, block_size: int = 2>(q, t) }}"
+    )
+    arrays: dict[str, Array] = {"m": multiples, "s": encoding.scale, "q": codes}
+    for value in list(model.graph.inputs):
+        model.graph.inputs.remove(value)
+        name = name_of(value)
+        value.const_value = ir.tensor(arrays[name], dtype=value.dtype, name=name)
+        model.graph.register_initializer(value)
+    (expected,) = run_model(model, {})
+    found = encoding.dequantize(codes)
+    np.testing.assert_array_equal(found, expected)
+    steps = np.repeat(multiples, 2, axis)
+    scale = encoding.scale[None] if axis == 0 else encoding.scale[:, None]
+    inside = np.abs(real) <= 7 * steps * scale
+    assert (np.abs(found - real) <= steps * scale / 2 * (1 + 1e-6))[inside].all()
+    whole = encoding.integers(codes)
+    np.testing.assert_array_equal(whole, codes.astype(int) * steps)
+    assert np.abs(whole).max() <= 105
+    np.testing.assert_allclose(whole * scale, found, rtol=1e-6)
+
+
+def test_blocks_differ_by_their_scales() -> None:
+    one = in_blocks(0)
+    other = in_blocks(0)
+    assert one.same_as(other)
+    assert one.block_scales is not None
+    assert not one.same_as(in_blocks(0, block_scales=16 - one.block_scales))
+    assert not one.same_as(in_blocks(1))
+    assert one.zero_point_codes.shape == (3, 4)
+    np.testing.assert_allclose(one.high, 7.0 * one.scale * one.block_scales.max(axis=0))
+    np.testing.assert_array_equal(one.low, -one.high)
+
+
+def test_what_blocks_refuse() -> None:
+    one = in_blocks(0)
+    with pytest.raises(ValueError, match="go with blocks"):
+        in_blocks(0, block_scales=None)
+    with pytest.raises(ValueError, match="go with blocks"):
+        in_blocks(0, spec=QuantSpec(4, True, True, PerChannel(1)))
+    with pytest.raises(ValueError, match="at least 1"):
+        in_blocks(0, block_scales=np.zeros_like(one.zero_point_codes, np.uint8))

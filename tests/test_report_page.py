@@ -324,6 +324,17 @@ def test_bits_without_a_search() -> None:
     assert "front" not in by_id(root)
 
 
+def test_bits_in_blocks() -> None:
+    what = light() | {"search": None}
+    kept = ("name", "layer", "role", "bits")
+    what["bits"] = [{key: getattr(item, key) for key in kept} | {"losses": {}} for item in bits(2)]
+    what["bits"][1] |= {"bits": 4, "block": 32}
+    text = page(what)
+    assert "4, blocks of 32" in text
+    assert "1 of 4 bits in blocks of 32" in text
+    assert ">4b32<" in text
+
+
 def test_errors_by_layer(whole: Item) -> None:
     errors = section(whole, "errors")
     found = rows(errors, "SQNR by layer, dB")[1:]

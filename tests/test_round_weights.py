@@ -14,6 +14,7 @@ from qnpu.compiler.op_traits import Linear, as_linear
 from qnpu.compiler.pass_base import Compilation, Stage, run_passes
 from qnpu.compiler.pipeline import default_passes
 from qnpu.compiler.scale_grid import odd_part, weight_factor
+from qnpu.compiler.target import load_target
 from qnpu.passes.insert_qdq import InsertQdq
 from qnpu.passes.round_weights import RoundWeights
 from qnpu.passes.snap_scales import SnapScales
@@ -25,10 +26,10 @@ from tests.decoders import LENGTH, canonical, some_tokens
 WINDOWS = TokenWindows(np.random.default_rng(7).integers(0, 257, (12, LENGTH)))
 
 
-def encoded(scheme: str, architecture: str = "llama") -> Compilation:
+def encoded(scheme: str, architecture: str = "llama", block: int = 0) -> Compilation:
     """A tiny decoder with encodings and nearest codes."""
-    compilation = Compilation(canonical(architecture))
-    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest")
+    compilation = Compilation(canonical(architecture), load_target("onnxruntime"))
+    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", weight_block=block)
     passes = default_passes(config, WINDOWS)
     wanted = [item for item in passes if item.produces in (Stage.PLANNED, Stage.ENCODED)]
     rotations = [item for item in passes if item.name in ("fold-norm-scale", "fuse-rotation")]
@@ -199,3 +200,40 @@ def test_other_scales_are_not_rounded() -> None:
     table = compilation.encodings
     chosen = [name_of(x.weight) for x in linears(compilation) if table.has_codes(name_of(x.weight))]
     assert all(odd_part(float(table[name].scale[0])) > 1 << 10 for name in chosen)
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_blocks_get_whole_scales_and_codes_within_them(nearest: bool) -> None:
+    compilation = encoded("w4a16", block=16)
+    table, moved = compilation.encodings, 0
+    assert RoundWeights(WINDOWS, nearest=nearest).run(compilation) == 14
+    for linear in linears(compilation):
+        encoding, array = table[name_of(linear.weight)], constant_array(linear.weight)
+        if encoding.spec.bits > 4:
+            continue
+        assert array is not None
+        assert encoding.block_scales is not None
+        assert encoding.block_scales.shape == (array.shape[0] // 16, array.shape[1])
+        codes = table.quantize(name_of(linear.weight), array).astype(np.int8)
+        assert int(np.abs(encoding.integers(codes)).max()) <= 105
+        moved += int((codes != encoding.quantize(array).astype(np.int8)).sum())
+    assert (moved == 0) == nearest
+
+
+def test_blocks_are_nearer_to_the_weights_than_channels() -> None:
+    """On random weights, whose sizes hardly differ along a channel."""
+    found = {}
+    for block in (0, 16):
+        compilation = encoded("w4a16", block=block)
+        errors_of = []
+        for linear in linears(compilation):
+            encoding = compilation.encodings[name_of(linear.weight)]
+            real = constant_array(linear.weight)
+            assert real is not None
+            if encoding.spec.bits == 4:
+                back = encoding.dequantize(encoding.quantize(real))
+                errors_of.append(float(np.square(back - real).mean() / np.square(real).mean()))
+        assert len(errors_of) == 14
+        found[block] = float(np.mean(errors_of))
+    print(f"squared error by squared weight: {found}")
+    assert found[16] < found[0]

@@ -62,3 +62,15 @@ def test_a_channel_of_zeros_and_inputs_of_zeros() -> None:
         assert torch.isfinite(rounded.real).all()
         assert (rounded.scale > 0).all()
         assert (rounded.codes[1] == 0).all()
+
+
+def test_blocks_share_a_channels_scale() -> None:
+    real, second = heavy(8, 64), moment(64)
+    multiples = torch.tensor([5.0, 15.0, 9.0, 12.0]).repeat_interleave(16).expand(8, -1)
+    rounded = clip_weight(real * multiples, second, INT4, multiples)
+    steps = rounded.scale[:, None] * multiples
+    assert torch.equal(rounded.codes, INT4.round(real * multiples / steps))
+    torch.testing.assert_close(rounded.real, rounded.codes * steps)
+    widest = widest_scale(real, INT4)
+    assert (rounded.scale <= widest).all()
+    assert (rounded.scale < 0.9 * widest).any()
