@@ -27,8 +27,9 @@ def stored_tensor(
     """A tensor of an array; a large one lies in a temporary file.
 
     The file has no name, so nothing is left of it once the tensor and all arrays made of it are
-    gone, not even where the process is killed. Each call of ``numpy()`` maps it anew, read-only,
-    with the strides of ``array``; its pages leave memory together with what that returned.
+    gone, not even where the process is killed. Each call of ``numpy()`` maps it anew, with the
+    strides of ``array``; its pages leave memory together with what that returned. Who writes to
+    that changes a copy of his own (torch warns of arrays that cannot be written to).
 
     Args:
         array: copied where it is large, shared where it is small.
@@ -51,7 +52,7 @@ def stored_tensor(
     kind, shape = array.dtype, dense.shape
 
     def read() -> ir.TensorProtocol:
-        mapped = np.memmap(file, kind, "r", shape=shape)
+        mapped = np.memmap(file, kind, "c", shape=shape)
         return ir.tensor(np.asarray(mapped).transpose(back), dtype=dtype, name=name)
 
     return ir.LazyTensor(read, tensor.dtype, ir.Shape(array.shape), name=name)
