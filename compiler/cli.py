@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,15 +39,15 @@ from qnpu.compiler.console import (
     progress_bars,
 )
 from qnpu.compiler.diagnostics import DiagnosticError, Severity
-from qnpu.compiler.emit import EMISSIONS, check_emissions, emission, emission_writers
+from qnpu.compiler.emit import EMISSIONS, check_emissions, emission
 from qnpu.compiler.graph_checks import is_quantized
 from qnpu.compiler.graph_edit import static_shape
-from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
-from qnpu.compiler.handout import Handout, make_handout
+from qnpu.compiler.handoff import HANDOFF_NAME, handoff_writers
+from qnpu.compiler.handout import make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, export, open_model, text_windows
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_model import INTEGER_NAME, PARITY_NAME
-from qnpu.compiler.output import PAGE_NAME, REPORT_NAME, Writer, check_folder, check_overwrite
+from qnpu.compiler.output import PAGE_NAME, REPORT_NAME, check_folder, check_overwrite
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.compiler.pipeline import (
     BIT_PLAN_NAME,
@@ -508,7 +507,8 @@ def _write(
     if isinstance(made, CachedDecoder):
         return write_cached(out, made, checks, about, tokenizer_writers(opened.tokenizer))
     handout = make_handout(made.model)
-    files = _more_files(handout, settings, load_target(settings.target), settings.mask_constant)
+    profile = load_target(settings.target)
+    files = handoff_writers(handout, settings.emit, profile, settings.mask_constant)
     return write_result(out, made, handout, checks, about, files)
 
 
@@ -566,22 +566,6 @@ def _evaluation(
     return windows.feeds(graph.inputs), description
 
 
-def _more_files(
-    handout: Handout, settings: CompileConfig, target: TargetProfile, mask_value: float | None
-) -> dict[str, Writer]:
-    """What ``--emit`` asks for, and then the page about all files."""
-    writers = emission_writers(settings.emit, handout, target)
-    if target.handoff:
-        writers[HANDOFF_NAME] = partial(
-            write_handoff,
-            handout=handout,
-            target=target,
-            emitted=settings.emit,
-            mask_value=mask_value,
-        )
-    return writers
-
-
 # ---------------------------------------------------- qnpu-compile, of a file quantized already
 
 _FOR_QUANTIZED = ("bos", "calib", "cpu", "emit", "freeze_dims", "integer", "integer_io",
@@ -621,7 +605,7 @@ def _legalize(
         "input": {"name": opened.name, "sha256": opened.sha256},
         "compared": compared,
     }
-    more = _more_files(handout, settings, target, mask_value=None)
+    more = handoff_writers(handout, settings.emit, target, mask_value=None)
     report = write_legalized(out, result, handout, about, more)
     print_diagnostics(result.diagnostics, str(opened.file))
     return {

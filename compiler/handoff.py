@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qnpu.compiler.emit import emission
+from qnpu.compiler.emit import emission, emission_writers
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.handout import Handout
 from qnpu.compiler.integer_io import integer_io, io_encodings
-from qnpu.compiler.output import hash_file
+from qnpu.compiler.output import Writer, hash_file
 from qnpu.compiler.pipeline import MODEL_NAME
 from qnpu.compiler.quant_types import Encoding
 from qnpu.compiler.target import TargetProfile
@@ -30,6 +31,25 @@ by itself. They say the same: what was rewritten for {target} is in both. Encodi
 every tensor of `{float}`, which takes and returns real numbers, and fit no other graph."""
 _PREFERRED = ("encodings-1.0.0", "encodings-2.0.0", "encodings-0.6.1")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+def handoff_writers(
+    handout: Handout, emitted: Sequence[str], target: TargetProfile, mask_value: float | None
+) -> dict[str, Writer]:
+    """Writers of what is emitted and then, for a vendor's target, of the page about all files.
+
+    Args:
+        handout: what the files are about.
+        emitted: names of emissions.
+        target: what they are for.
+        mask_value: see ``write_handoff``.
+    """
+    writers = emission_writers(emitted, handout, target)
+    if target.handoff:
+        writers[HANDOFF_NAME] = partial(
+            write_handoff, handout=handout, target=target, emitted=emitted, mask_value=mask_value
+        )
+    return writers
 
 
 def write_handoff(

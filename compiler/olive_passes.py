@@ -15,7 +15,6 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -32,11 +31,11 @@ from pydantic import model_validator
 
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.emit import check_emissions, emission_writers
-from qnpu.compiler.handoff import HANDOFF_NAME, write_handoff
-from qnpu.compiler.handout import Handout, make_handout
+from qnpu.compiler.emit import check_emissions
+from qnpu.compiler.handoff import handoff_writers
+from qnpu.compiler.handout import make_handout
 from qnpu.compiler.inputs import OpenedModel, calibration_data, open_model
-from qnpu.compiler.output import REPORT_NAME, Writer
+from qnpu.compiler.output import REPORT_NAME
 from qnpu.compiler.pass_base import Pass, Stage, no_progress
 from qnpu.compiler.pipeline import MODEL_NAME, check_result, compile_model, write_result
 from qnpu.compiler.recipes import read_recipe, recipe_names
@@ -196,26 +195,12 @@ def _compile(opened: OpenedModel, settings: CompileConfig, folder: Path) -> list
         "seed": settings.seed,
     }
     handout = make_handout(result.model)
-    more = _more_files(handout, settings)
+    profile = load_target(settings.target)
+    more = handoff_writers(handout, settings.emit, profile, settings.mask_constant)
     report = write_result(folder, result, handout, checks, about, more)
     for diagnostic in result.diagnostics:
         _logger.warning("%s", diagnostic)
     return sorted([*cast("dict[str, object]", report["outputs"]), REPORT_NAME])
-
-
-def _more_files(handout: Handout, settings: CompileConfig) -> dict[str, Writer]:
-    """What ``emit`` asks for, and then the page about all files."""
-    target = load_target(settings.target)
-    writers = emission_writers(settings.emit, handout, target)
-    if target.handoff:
-        writers[HANDOFF_NAME] = partial(
-            write_handoff,
-            handout=handout,
-            target=target,
-            emitted=settings.emit,
-            mask_value=settings.mask_constant,
-        )
-    return writers
 
 
 if __name__ == "__main__":
