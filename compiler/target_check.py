@@ -286,8 +286,8 @@ def _moves_channels(permutation: Sequence[int]) -> bool:
 
 _ATTRIBUTE_WORDS: dict[str, Callable[[Any, int | None], bool]] = {
     "not-one": lambda value, _: bool(value != 1),
-    "last": lambda axis, rank: rank is not None and axis in (-1, rank - 1),
-    "not-last": lambda axis, rank: rank is not None and axis not in (-1, rank - 1),
+    "last": lambda axis, rank: axis == -1 or (rank is not None and axis == rank - 1),
+    "not-last": lambda axis, rank: axis != -1 and rank is not None and axis != rank - 1,
     "channels": lambda permutation, _: _moves_channels(permutation),
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -22,6 +25,15 @@ Array = NDArray[Any]
 
 HEADER = '<ir_version: 11, opset_import: ["" : 23]>\n'
 SHARED = Path(__file__).parents[2] / "shared"
+EXPORTS = "QNPU_TEST_EXPORTS"
+"""Environment variable: the folder of exported models that all processes of a test run share."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of exports, before other processes start and take over the environment."""
+    if not hasattr(config, "workerinput"):
+        folder = os.environ[EXPORTS] = tempfile.mkdtemp(prefix="qnpu-exports-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def parse(text: str) -> ir.Model:

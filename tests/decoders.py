@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from functools import lru_cache
+import os
+from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import onnx_ir as ir
+from filelock import FileLock
 
 from qnpu.compiler.config import CompileConfig
 from qnpu.compiler.graph_edit import name_of, static_shape
@@ -18,7 +19,7 @@ from qnpu.models.export import export_cached, export_dynamo, export_optimum
 from qnpu.models.load import load_onnx, load_torch, resolve
 from qnpu.runtime_check.feeds import TokenWindows
 from qnpu.runtime_check.session import Feeds
-from tests.conftest import Array, normal, parse, run_model
+from tests.conftest import EXPORTS, Array, normal, parse, run_model
 
 LENGTH = 16
 
@@ -45,23 +46,29 @@ def exported(architecture: str, exporter: str = "dynamo") -> ir.Model:
     return _exported(architecture, exporter).clone()
 
 
-@lru_cache(maxsize=16)
+@cache
 def _exported(architecture: str, exporter: str) -> ir.Model:
-    loaded = load_torch(resolve(f"tiny-{architecture}"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        if exporter == "optimum":
-            export_optimum(loaded, path)
-        elif exporter == "cached":
-            export_cached(loaded, path)
-        else:
-            export_dynamo(loaded, path, sequence_length=LENGTH)
-        model = load_onnx(path)
-        ir.external_data.load_to_model(model)
+    path = Path(os.environ[EXPORTS], f"{architecture}-{exporter}", "model.onnx")
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_name("lock")):  # each is exported by the first process that needs it
+        if not path.exists():
+            _export(architecture, exporter, path)
+    model = load_onnx(path)
+    ir.external_data.load_to_model(model)
     return model
 
 
-@lru_cache(maxsize=16)
+def _export(architecture: str, exporter: str, path: Path) -> None:
+    loaded = load_torch(resolve(f"tiny-{architecture}"))
+    if exporter == "optimum":
+        export_optimum(loaded, path)
+    elif exporter == "cached":
+        export_cached(loaded, path)
+    else:
+        export_dynamo(loaded, path, sequence_length=LENGTH)
+
+
+@cache
 def _canonical(architecture: str, exporter: str) -> ir.Model:
     return canonicalized(exported(architecture, exporter))
 
