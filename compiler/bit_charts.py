@@ -437,13 +437,13 @@ def heat_figure(tensors: Sequence[TensorBits], title: str) -> Figure:
     axes.spines[:].set_visible(False)
     axes.set_ylabel("layer")
     axes.set_title(title, loc="left", pad=10)
-    losses = [_sensitivity(tensor) for tensor in tensors]
+    losses = [tensor.worst for tensor in tensors]
     measured = any(tensor.losses for tensor in tensors)
     low, high = _decades(losses)
     scale = _scale(low, high) if measured else _bit_scale()
     for index, row in enumerate(rows.values()):
         for role, tensor in row.items():
-            amount = _sensitivity(tensor) if measured else tensor.bits
+            amount = tensor.worst if measured else tensor.bits
             _draw_cell(axes, columns.index(role), index, tensor, _shade(scale, amount))
     if measured:
         bar = _draw_colour_bar(figure, scale, any(loss < low for loss in losses))
@@ -469,11 +469,6 @@ def _column(role: str, taken: Container[str]) -> str:
 def row_labels(rows: Mapping[int, Mapping[str, TensorBits]]) -> list[str]:
     """Numbers of layers from 0, and ``head``."""
     return ["head" if _HEAD_ROLES.issuperset(row) else str(layer) for layer, row in rows.items()]
-
-
-def _sensitivity(tensor: TensorBits) -> float:
-    """Loss at the fewest bits, nats per token; NaN where none was measured."""
-    return tensor.losses[min(tensor.losses)] if tensor.losses else math.nan
 
 
 def _decades(losses: Sequence[float]) -> Point:

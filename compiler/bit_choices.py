@@ -23,6 +23,22 @@ BLOCK_SIZES = (16, 32, 64, 128)
 """Features that may share a block scale (LPBQ)."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class WeightBits:
+    """Bits of a weight.
+
+    Attributes:
+        bits: of a code.
+        block: input features that share a whole block scale (LPBQ); 0: one scale per channel.
+    """
+
+    bits: int
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.bits}b{self.block}" if self.block else str(self.bits)
+
+
 @dataclass(frozen=True, slots=True)
 class LinearBits:
     """Bits of a linear y = x·W.
@@ -40,7 +56,7 @@ class LinearBits:
     @property
     def weight_name(self) -> int | str:
         """Bits of W as a plan writes them: 4, 8, or 4b32 for 4 bits in blocks of 32."""
-        return f"{self.weight}b{self.block}" if self.block else self.weight
+        return str(WeightBits(self.weight, self.block)) if self.block else self.weight
 
     def to_json(self) -> dict[str, object]:
         """A plain dictionary, as in bit_plan.json."""

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qnpu.compiler.bit_budget import LATENCY, SIZE
-from qnpu.compiler.bit_choices import INPUT_BITS, KV_BITS, WEIGHT_BITS, BitChoices, LinearBits
-from qnpu.compiler.bit_items import HEAD, BitItems, CacheItem, LinearGroup
+from qnpu.compiler.bit_choices import (
+    BLOCK_BITS,
+    INPUT_BITS,
+    KV_BITS,
+    WEIGHT_BITS,
+    BitChoices,
+    LinearBits,
+    WeightBits,
+)
+from qnpu.compiler.bit_items import HEAD, BitItems, CacheItem, LinearGroup, LinearItem
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.cost_model import CostModel, Workload
+from qnpu.compiler.roles import can_have_blocks
 from qnpu.compiler.target import TargetProfile
 
 if TYPE_CHECKING:
@@ -29,19 +38,19 @@ class Option:
 
     Attributes:
         bits: of what the linears take, or of keys or values.
-        weights: of each linear's weight; empty for a cache.
+        weights: of each linear's weight; none for a cache.
         seconds: of the workload; modelled.
         bytes: of weights, or of keys or values in the longest run.
     """
 
     bits: int
-    weights: tuple[int, ...]
+    weights: tuple[WeightBits, ...]
     seconds: float = 0.0
     bytes: float = 0.0
 
     @property
     def name(self) -> str:
-        """``8 w4,8``: 8-bit input, two weights; ``16`` of a cache."""
+        """``8 w4,4b32,8``: 8-bit input, three weights; ``16`` of a cache."""
         weights = ",".join(map(str, self.weights))
         return f"{self.bits} w{weights}" if weights else str(self.bits)
 
@@ -59,24 +68,29 @@ def cache_key(cache: CacheItem) -> str:
 class BitOptions:
     """All that may be chosen.
 
-    Of weights 4 and 8 bits; of what linears take 8, 16 and, where a rotation has spread its
-    outliers, 4; of keys and values 8 and 16; of these what the target's profile lists as pairs.
+    Of weights 4 and 8 bits, and 4 in blocks where they can have them; of what linears take 8, 16
+    and, where a rotation has spread its outliers, 4; of keys and values 8 and 16; of these what the
+    target's profile lists as pairs.
 
     Args:
         items: of the graph.
         target: with figures of cost.
         workload: that times are of.
+        block: input features of a block (LPBQ); 0: no weight may have blocks.
 
     Attributes:
         items: as given.
+        block: as given.
         known: key of an item → its options by name, fewest bits first.
 
     Raises:
         DiagnosticError: QN508 the target's profile has no figures.
     """
 
-    def __init__(self, items: BitItems, target: TargetProfile, workload: Workload) -> None:
-        self.items = items
+    def __init__(
+        self, items: BitItems, target: TargetProfile, workload: Workload, block: int = 0
+    ) -> None:
+        self.items, self.block = items, block
         self._cost, self._workload = CostModel.of(target), workload
         self._least_input = target.activation_bits_min
         self.known: dict[str, dict[str, Option]] = {}
@@ -123,7 +137,8 @@ class BitOptions:
             bits = scheme.head_input_bits if role == HEAD else bits
             bits = scheme.other_bits if key in promoted else bits
             weight = scheme.head_bits if role == HEAD else scheme.weight_bits
-            plan[key] = Option(bits, (weight,) * len(group.linears)).name
+            weights = (_weight_bits(item, weight, scheme.block) for item in group.linears)
+            plan[key] = Option(bits, tuple(weights)).name
         plan |= {cache_key(cache): Option(scheme.kv_bits, ()).name for cache in self.items.caches}
         return plan if all(name in self.known[key] for key, name in plan.items()) else None
 
@@ -133,7 +148,7 @@ class BitOptions:
         for group in self.items.groups:
             option = self.known[group_key(group)][plan[group_key(group)]]
             for item, weight in zip(group.linears, option.weights, strict=True):
-                linears[item.shape.name] = LinearBits(weight, option.bits)
+                linears[item.shape.name] = LinearBits(weight.bits, option.bits, weight.block)
         caches = {
             cache.name: self.known[cache_key(cache)][plan[cache_key(cache)]].bits
             for cache in self.items.caches
@@ -144,14 +159,21 @@ class BitOptions:
         for bits in INPUT_BITS:
             if bits < _UNROTATED_BITS and not (group.rotated and bits >= self._least_input):
                 continue
-            weights = [weight for weight in WEIGHT_BITS if self._cost.has(weight, bits)]
-            for chosen in itertools.product(weights, repeat=len(group.linears)):
+            weights = (self._of_weight(item, bits) for item in group.linears)
+            for chosen in itertools.product(*weights):
                 pairs = [
-                    (item.shape, LinearBits(weight, bits))
+                    (item.shape, LinearBits(weight.bits, bits, weight.block))
                     for item, weight in zip(group.linears, chosen, strict=True)
                 ]
                 seconds = sum(self._cost.linear_seconds(*p, self._workload) for p in pairs)
                 yield Option(bits, chosen, seconds, sum(self._cost.linear_bytes(*p) for p in pairs))
+
+    def _of_weight(self, item: LinearItem, input_bits: int) -> list[WeightBits]:
+        """Fewest first."""
+        blocks = {0, self.block}
+        found = {_weight_bits(item, bits, block) for bits in WEIGHT_BITS for block in blocks}
+        has = self._cost.has
+        return sorted(bits for bits in found if has(bits.bits, input_bits, block=bits.block))
 
     def _of_cache(self) -> Iterator[Option]:
         shape = self.items.shape
@@ -159,3 +181,9 @@ class BitOptions:
             if self._cost.has(bits, max(INPUT_BITS)):
                 seconds = self._cost.cache_seconds(shape, bits, self._workload)
                 yield Option(bits, (), seconds, self._cost.cache_bytes(shape, bits, self._workload))
+
+
+def _weight_bits(item: LinearItem, bits: int, block: int) -> WeightBits:
+    """In blocks only where a weight can have them."""
+    in_blocks = block and bits == BLOCK_BITS and can_have_blocks(item.linear.weight, block)
+    return WeightBits(bits, block if in_blocks else 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.output import Writer, write_json
 
 SEARCH_FILES = ("pareto.json", "pareto.svg", "bits.svg")
@@ -26,7 +28,8 @@ class TensorBits:
         role: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, ``head`` for weights, the same
             with ``input of`` in front (of the first linear that takes it), ``keys``, ``values``.
         bits: chosen.
-        losses: bits → what quantizing this tensor alone to so many costs, nats per token.
+        losses: bits as a plan writes them, fewest first → what quantizing this tensor alone to so
+            many costs, nats per token.
         block: of a weight, features that share a block scale; 0 for none.
     """
 
@@ -34,13 +37,23 @@ class TensorBits:
     layer: int
     role: str
     bits: int
-    losses: Mapping[int, float]
+    losses: Mapping[str, float]
     block: int = 0
 
     @property
     def label(self) -> str:
         """Bits as a plan writes them: 4, or 4b32 for 4 bits in blocks of 32."""
-        return f"{self.bits}b{self.block}" if self.block else str(self.bits)
+        return str(WeightBits(self.bits, self.block))
+
+    @property
+    def worst(self) -> float:
+        """Loss at the fewest bits, nats per token; NaN where none was measured."""
+        return next(iter(self.losses.values()), math.nan)
+
+    @property
+    def loss(self) -> float:
+        """Loss at the chosen bits, nats per token; NaN where none was measured."""
+        return self.losses.get(self.label, math.nan)
 
     @property
     def words(self) -> str:

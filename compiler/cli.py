@@ -261,7 +261,8 @@ def _compile(
         int | None,
         typer.Option(
             help="Input features that share a scale of 4-bit weights: 16, 32, 64 or 128 (LPBQ, for "
-            "qnn-htp). Default: 0, one scale per output channel."
+            "qnn-htp); with --budget a choice for each weight. Default: 0, one scale per output "
+            "channel."
         ),
     ] = None,
     promote: Annotated[

@@ -44,7 +44,7 @@ class CompileConfig:
         query_bits: bits of queries where scores are computed, 8 or 16.
         logits_bits: bits of the last linear's result, 8 or 16.
         weight_block: features that share a whole block scale of a 4-bit weight (LPBQ): 16, 32, 64
-            or 128; 0: one scale per output channel.
+            or 128; 0: one scale per output channel. With a budget a choice for each weight.
         promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
             is 8: those that lose most at 8 bits.
         plan: a bit_plan.json, perhaps edited: bits of linears and caches; all else goes by the
@@ -237,7 +237,7 @@ class CompileConfig:
         size = self.weight_block
         if not size:
             return
-        if self.plan or self.budget:
+        if self.plan:
             _fail("weight_block", "has no effect: a plan says itself which weights have blocks")
         if size not in BLOCK_SIZES:
             _fail("weight_block", f"{size} is not one of {', '.join(map(str, BLOCK_SIZES))}")

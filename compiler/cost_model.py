@@ -244,10 +244,11 @@ class CostModel:
             raise DiagnosticError(NoCostModel(target.id, "any bits").at())
         return cls(target.id, target.cost)
 
-    def has(self, weight: int, input: int) -> bool:
-        """The profile lists this pair of bits, with one scale per channel."""
-        wanted = input, weight, 0
-        return any((r.input, r.weight, r.block_scale_bits) == wanted for r in self.table.speeds)
+    def has(self, weight: int, input: int, *, block: int = 0) -> bool:
+        """The profile lists this pair of bits, with a scale per channel or with those of blocks."""
+        wanted = input, weight, bool(block)
+        rows = self.table.speeds
+        return any((r.input, r.weight, bool(r.block_scale_bits)) == wanted for r in rows)
 
     def linear_bytes(self, shape: LinearShape, bits: LinearBits) -> int:
         """Bytes of a weight: its codes, a scale for each channel, and those of its blocks.

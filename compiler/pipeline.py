@@ -140,6 +140,7 @@ def default_passes(
             config.sensitivity,
             RangeMethod(config.range_method),
             losses or LossRecord(),
+            block=config.weight_block,
             progress=progress,
         )
     ]

@@ -102,7 +102,7 @@ def tensor_bits(facts: Report) -> list[TensorBits]:
             layer=item["layer"],
             role=short(item["role"], LABEL_LENGTH),
             bits=item["bits"],
-            losses={int(bits): known(loss) for bits, loss in item["losses"].items()},
+            losses={bits: known(loss) for bits, loss in item["losses"].items()},
             block=item.get("block", 0),
         )
         for item in found

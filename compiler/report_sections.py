@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -105,8 +104,8 @@ def _loss_chart(facts: Report) -> Chart | None:
         return None
     rows = rows_of(tensors)
     labels = row_labels(rows)
-    fewest = [sum(t.losses[min(t.losses)] for t in row.values()) for row in rows.values()]
-    chosen = [sum(t.losses.get(t.bits, math.nan) for t in row.values()) for row in rows.values()]
+    fewest = [sum(tensor.worst for tensor in row.values()) for row in rows.values()]
+    chosen = [sum(tensor.loss for tensor in row.values()) for row in rows.values()]
     series = [
         Series("at the fewest bits", list(map(finite, fewest))),
         Series("at the chosen bits", list(map(finite, chosen))),

@@ -10,6 +10,7 @@ from qnpu.compiler.graph_edit import (
     constant_array,
     like,
     name_of,
+    static_shape,
     unique_initializer_name,
 )
 from qnpu.compiler.hadamard import is_scaled_hadamard
@@ -24,6 +25,7 @@ from qnpu.compiler.op_traits import (
     normalized_inputs,
 )
 
+_MATRIX = 2  # dimensions
 # What may lie between scores and softmax: scaling, soft-capping, masking.
 _SCORE_OPS = ("Add", "Cast", "Clip", "Div", "Identity", "Max", "Min", "Mul", "Sub", "Tanh", "Where")
 
@@ -117,6 +119,13 @@ def is_down_projection(linear: Linear) -> bool:
     if node is None or as_linear(node) or is_dynamic_matmul(node) or normalized_inputs(node):
         return False
     return joins_residual(linear.node.outputs[0])
+
+
+def can_have_blocks(weight: ir.Value, size: int) -> bool:
+    """Whether so many features of a weight can share a block scale: only a MatMul takes those."""
+    shape = static_shape(weight) or ()
+    multiplied = all(node.op_type == "MatMul" and index == 1 for node, index in weight.uses())
+    return multiplied and len(shape) == _MATRIX and shape[0] % size == 0
 
 
 def makes_scores(node: ir.Node) -> bool:

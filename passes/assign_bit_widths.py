@@ -12,7 +12,7 @@ from qnpu.compiler.bit_choices import BLOCK_BITS, BitChoices, LinearBits
 from qnpu.compiler.bit_plan import BitPlan, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
-from qnpu.compiler.graph_edit import name_of, static_shape
+from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import (
     Linear,
     as_linear,
@@ -25,6 +25,7 @@ from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, 
 from qnpu.compiler.quant_types import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.roles import (
     activations,
+    can_have_blocks,
     computing_uses,
     copies,
     is_down_projection,
@@ -275,9 +276,7 @@ class _Widths:
         size = self._scheme.block if known is None else known.block
         if not size or self.weight_bits(linear) != BLOCK_BITS or is_online_rotation(linear):
             return 0
-        shape, uses = static_shape(linear.weight) or (), linear.weight.uses()
-        multiplies = all(node.op_type == "MatMul" and index == 1 for node, index in uses)
-        if multiplies and len(shape) == 2 and shape[0] % size == 0:
+        if can_have_blocks(linear.weight, size):
             return size
         self.without_blocks[name_of(linear.weight)] = size
         return 0

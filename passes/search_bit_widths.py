@@ -15,6 +15,7 @@ from qnpu.compiler.bit_budget import (
     parse_budget,
     parse_workload,
 )
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.bit_items import find_items
 from qnpu.compiler.bit_options import BitOptions, Plan, cache_key, group_key
 from qnpu.compiler.bit_plan import SCHEMES, Scheme
@@ -47,9 +48,10 @@ class SearchBitWidths(Pass):
 
     1. What each tensor loses by itself: KL of the logits from the float graph's, nats per token,
        with that tensor alone quantized; weights of 4 bits with codes by GPTQ. Weights of 8 bits
-       lose too little for that: they are measured all at once, and share that as they share the
-       loss of 4 bits. With another ``sensitivity`` single tensors are measured by it, and their
-       losses scaled so that those of a kind add up to the KL of all of that kind at once.
+       lose too little for that, and those in blocks a part of the same: each kind is measured all
+       at once, and shares that as it shares the loss of 4 bits with a scale per channel. With
+       another ``sensitivity`` single tensors are measured by it, and their losses scaled so that
+       those of a kind add up to the KL of all of that kind at once.
     2. What each choice costs: ``qnpu.compiler.cost_model``, modelled.
     3. The plan with the least sum within the budget (``qnpu.compiler.allocation``); with a budget
        of perplexity alone, the fastest plan that keeps it.
@@ -58,8 +60,9 @@ class SearchBitWidths(Pass):
 
     Beside it plans of least loss at growing latency, and those of the plain schemes, are measured.
 
-    Choices: of weights 4 and 8 bits; of what linears take 8, 16 and, where a rotation has spread
-    its outliers, 4; of keys and values 8 and 16; of these what the target's profile lists.
+    Choices: of weights 4 and 8 bits, with ``block`` 4 in blocks too; of what linears take 8, 16
+    and, where a rotation has spread its outliers, 4; of keys and values 8 and 16; of these what the
+    target's profile lists.
 
     Must not fire where bits were chosen before.
 
@@ -74,6 +77,7 @@ class SearchBitWidths(Pass):
         record: keeps losses, on disk if it has a folder.
         rounds: plans measured for the budget, 1 or more.
         points: plans measured at growing latency, 2 or more.
+        block: input features of a block of 4-bit weights (LPBQ); 0: no weight may have blocks.
         progress: called with fraction done.
 
     Raises:
@@ -96,6 +100,7 @@ class SearchBitWidths(Pass):
     record: LossRecord = field(default_factory=LossRecord)
     rounds: int = 4
     points: int = 8
+    block: int = 0
     progress: ProgressCallback = no_progress
 
     def run(self, compilation: Compilation) -> int:
@@ -103,7 +108,8 @@ class SearchBitWidths(Pass):
             return 0
         limits, workload = parse_budget(self.budget), parse_workload(self.workload)
         separate_roles(compilation.graph)
-        options = BitOptions(find_items(compilation.model), compilation.target, workload)
+        items = find_items(compilation.model)
+        options = BitOptions(items, compilation.target, workload, self.block)
         _check_costs(options, limits)
         faults = non_finite_weights(compilation.graph)
         if faults:
@@ -214,22 +220,22 @@ def _tensors(options: BitOptions, losses: TensorLosses, plan: Plan) -> Iterator[
     """All whose bits were chosen, in graph order."""
     known = losses.tensors()
 
-    def at(key: str, widths: set[int]) -> dict[int, float]:
-        return {bits: known.get(f"{key} {bits}", 0.0) for bits in sorted(widths)}
+    def at(key: str, widths: set[WeightBits]) -> dict[str, float]:
+        return {str(bits): known.get(f"{key} {bits}", 0.0) for bits in sorted(widths)}
 
     for group in options.items.groups:
         key = group_key(group)
         chosen, all_options = options.known[key][plan[key]], options.known[key].values()
         role = f"input of {group.linears[0].shape.role}"
-        widths = at(key, {option.bits for option in all_options})
+        widths = at(key, {WeightBits(option.bits) for option in all_options})
         yield TensorBits(group.name, group.layer, role, chosen.bits, widths)
-        for item, bits in zip(group.linears, chosen.weights, strict=True):
-            name = item.shape.name
-            widths = at(f"weight {name}", {w for option in all_options for w in option.weights})
-            yield TensorBits(name, group.layer, item.shape.role, bits, widths)
+        for index, (item, weight) in enumerate(zip(group.linears, chosen.weights, strict=True)):
+            name, role = item.shape.name, item.shape.role
+            widths = at(f"weight {name}", {option.weights[index] for option in all_options})
+            yield TensorBits(name, group.layer, role, weight.bits, widths, weight.block)
     for cache in options.items.caches:
         key = cache_key(cache)
-        widths = at(key, {option.bits for option in options.known[key].values()})
+        widths = at(key, {WeightBits(option.bits) for option in options.known[key].values()})
         bits = options.known[key][plan[key]].bits
         yield TensorBits(cache.name, cache.layer, cache.role, bits, widths)
 
@@ -240,6 +246,9 @@ def _plain_plans(options: BitOptions, losses: TensorLosses) -> Iterator[tuple[st
         plan = options.by_scheme(Scheme.parse(name))
         if plan is not None:
             yield name, plan
+        in_blocks = options.by_scheme(replace(Scheme.parse(name), block=options.block))
+        if in_blocks is not None and in_blocks != plan:
+            yield f"{name}, blocks of {options.block}", in_blocks
     down = [group_key(g) for g in options.items.groups if g.linears[0].shape.role == "down"]
     known = losses.tensors()
     promoted = most_sensitive({key: known.get(f"{key} 8", 0.0) for key in down}, _PROMOTED)

@@ -9,12 +9,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.bit_items import BitItems, CacheItem, LinearGroup, LinearItem
 from qnpu.compiler.bit_plan import CHOSEN_BITS, BitPlan
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.pass_base import Compilation, ProgressCallback
-from qnpu.compiler.quant_types import Encoding, PerChannel, QuantSpec
+from qnpu.compiler.quant_types import Encoding, Granularity, PerBlock, PerChannel, QuantSpec
+from qnpu.compiler.roles import can_have_blocks
 from qnpu.compiler.target import TargetProfile
 from qnpu.runtime_check.bit_losses import Change
 from qnpu.runtime_check.observer import Observer, RangeMethod
@@ -67,7 +70,7 @@ class BitChanges:
         self._method = method
         self._progress = progress
         self._activations: dict[tuple[str, QuantSpec], Encoding] = {}
-        self._weights: dict[int, EncodingTable] = {}
+        self._weights: dict[WeightBits, EncodingTable] = {}
 
     def of_input(self, group: LinearGroup, bits: int) -> Change:
         """The input of linears, and the results that have as many bits, 8 at least."""
@@ -87,7 +90,7 @@ class BitChanges:
         spec = self._target.key_value_spec(bits)
         return Change(name, {name_of(operand): self._encoding(operand, spec)})
 
-    def of_weight(self, item: LinearItem, bits: int) -> Change:
+    def of_weight(self, item: LinearItem, bits: WeightBits) -> Change:
         """A weight: chosen codes where it has few bits, else the nearest."""
         name = item.shape.name
 
@@ -134,17 +137,27 @@ class BitChanges:
                 observers.clear()
             self._progress("measure ranges", done / total)
 
-    def _codes(self, bits: int) -> EncodingTable:
-        """Encodings of all weights, with chosen codes where they have few bits."""
+    def _codes(self, bits: WeightBits) -> EncodingTable:
+        """Encodings of all weights, with chosen codes where they have few bits.
+
+        With blocks only weights that can have them.
+        """
         if bits not in self._weights:
-            linears = [item.linear for group in self._items.groups for item in group.linears]
+            linears = [
+                item.linear
+                for group in self._items.groups
+                for item in group.linears
+                if not bits.block or can_have_blocks(item.linear.weight, bits.block)
+            ]
             specs = {
-                name_of(linear.weight): QuantSpec(bits, True, True, PerChannel(linear.channel_axis))
+                name_of(linear.weight): QuantSpec(
+                    bits.bits, True, True, _granularity(linear, bits.block)
+                )
                 for linear in linears
             }
             scratch = Compilation(self._model, self._target, bit_plan=BitPlan(specs=specs))
             encode_constants(scratch, self._method)
-            if bits <= CHOSEN_BITS:
+            if bits.bits <= CHOSEN_BITS:
                 graph = self._model.graph
                 by_node = {linear.node: linear for linear in linears}
                 round_linears(
@@ -152,6 +165,11 @@ class BitChanges:
                 )
             self._weights[bits] = scratch.encodings
         return self._weights[bits]
+
+
+def _granularity(linear: Linear, block: int) -> Granularity:
+    axis = linear.channel_axis
+    return PerBlock(1 - axis, block) if block else PerChannel(axis)
 
 
 def joined(name: str, changes: Sequence[Change]) -> Change:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.bit_options import BitOptions, Option, Plan, cache_key, group_key
 from qnpu.compiler.pass_base import ProgressCallback
 from qnpu.runtime_check.bit_changes import WIDE, BitChanges, joined
@@ -56,11 +57,13 @@ class TensorLosses:
     def tensors(self) -> Mapping[str, float]:
         """``KIND NAME BITS`` → nats per token, of all tensors at all of their widths but 16."""
         if not self._losses:
-            few, wide = list(self._few()), list(self._wide())
+            few = list(self._few())
             found = self._each(few)
             if self._measure is not Measure.KL:
                 found = self._scaled(few, found)
-            self._losses = found | self._shared_out(wide, found)
+            self._losses = dict(found)
+            for bits, wide in self._wide().items():
+                self._losses |= self._shared_out(bits, wide, found)
         return self._losses
 
     def of_plan(self, plan: Plan) -> Together:
@@ -78,21 +81,24 @@ class TensorLosses:
             known = self._options.known[group_key(group)].values()
             for bits in sorted({option.bits for option in known} - {WIDE}):
                 yield self._changes.of_input(group, bits)
-            for item in group.linears:
-                yield self._changes.of_weight(item, min(o.weights[0] for o in known))
+            for index, item in enumerate(group.linears):
+                yield self._changes.of_weight(item, min(o.weights[index] for o in known))
         for cache in self._options.items.caches:
             known = self._options.known[cache_key(cache)].values()
             for bits in sorted({option.bits for option in known} - {WIDE}):
                 yield self._changes.of_cache(cache, bits)
 
-    def _wide(self) -> Iterator[tuple[Change, str]]:
-        """Weights at more bits, and the names of the same at the fewest."""
+    def _wide(self) -> dict[WeightBits, list[tuple[Change, str]]]:
+        """Bits beyond the fewest → weights at those, and the names of the same at the fewest."""
+        wide: dict[WeightBits, list[tuple[Change, str]]] = {}
         for group in self._options.items.groups:
-            widths = sorted({o.weights[0] for o in self._options.known[group_key(group)].values()})
-            for item in group.linears:
-                for bits in widths[1:]:
-                    few = f"weight {item.shape.name} {widths[0]}"
-                    yield self._changes.of_weight(item, bits), few
+            known = self._options.known[group_key(group)].values()
+            for index, item in enumerate(group.linears):
+                fewest, *others = sorted({option.weights[index] for option in known})
+                few = f"weight {item.shape.name} {fewest}"
+                for bits in others:
+                    wide.setdefault(bits, []).append((self._changes.of_weight(item, bits), few))
+        return wide
 
     def _each(self, changes: Sequence[Change]) -> dict[str, float]:
         keys = {change.name: f"{self._measure.value} {change.name}" for change in changes}
@@ -118,12 +124,10 @@ class TensorLosses:
         return scaled
 
     def _shared_out(
-        self, wide: Sequence[tuple[Change, str]], losses: Mapping[str, float]
+        self, bits: WeightBits, wide: Sequence[tuple[Change, str]], losses: Mapping[str, float]
     ) -> dict[str, float]:
-        """The KL of all wide weights at once, in the proportions of the same at few bits."""
-        if not wide:
-            return {}
-        whole = self._all("all weights wide", [change for change, _ in wide])
+        """The KL of all these weights at once, in the proportions of the same at few bits."""
+        whole = self._all(f"all weights {bits}", [change for change, _ in wide])
         total = sum(losses[few] for _, few in wide)
         share = whole / total if total > 0 else 0.0
         return {change.name: losses[few] * share for change, few in wide}

@@ -108,12 +108,12 @@ def bits(layers: int) -> tuple[TensorBits, ...]:
         TensorBits(f"{layer}.{role}", layer, role, (4, 8, 16)[(layer + place) % 3], loss)
         for layer in range(layers)
         for place, role in enumerate(ROLES)
-        for loss in [{4: 10.0 ** -(place % 6), 8: 1e-6, 16: 0.0}]
+        for loss in [{"4": 10.0 ** -(place % 6), "8": 1e-6, "16": 0.0}]
     ]
     head = [("input of head", 8), ("head", 4)]
     return (
         *rows,
-        *(TensorBits(role, layers, role, width, {4: 0.1, 8: 0.01}) for role, width in head),
+        *(TensorBits(role, layers, role, width, {"4": 0.1, "8": 0.01}) for role, width in head),
     )
 
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.runtime_check import bit_changes
 from qnpu.runtime_check.bit_changes import joined
 from qnpu.runtime_check.bit_losses import Change
 from qnpu.runtime_check.segments import SegmentRunner
 from tests.searching import feeds, searched
+
+IN_BLOCKS = WeightBits(4, 16)
 
 
 def test_wide_activations_are_left_alone() -> None:
@@ -71,7 +74,8 @@ def test_weights_of_few_bits_have_chosen_codes() -> None:
         array = constant_array(item.linear.weight)
         assert array is not None
         real, name = torch.from_numpy(array), item.shape.name
-        four, eight = (changes.of_weight(item, b).tensors()[name] for b in (4, 8))
+        widths = WeightBits(4), WeightBits(8)
+        four, eight = (changes.of_weight(item, bits).tensors()[name] for bits in widths)
         assert four.shape == eight.shape == real.shape
         peak = real.abs().amax(dim=0)
         assert (len(torch.unique(four[:, 0])), len(torch.unique(eight[:, 0]))) <= (16, 255)
@@ -84,20 +88,34 @@ def test_weights_of_few_bits_have_chosen_codes() -> None:
     assert gained == len(group.linears)
 
 
+def test_blocks_lose_less() -> None:
+    """Each of 16 features has a scale of its own, a whole multiple of the channel's."""
+    _, items, changes = searched()
+    for item in items.groups[0].linears:
+        array = constant_array(item.linear.weight)
+        assert array is not None
+        real, name = torch.from_numpy(array), item.shape.name
+        plain, blocks = (
+            changes.of_weight(item, bits).tensors()[name] for bits in (WeightBits(4), IN_BLOCKS)
+        )
+        assert float((blocks - real).square().sum()) < 0.9 * float((plain - real).square().sum())
+        assert len(torch.unique(blocks[: IN_BLOCKS.block, 0])) <= 16
+
+
 def test_data_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _, items, changes = searched()
     changes.of_input(items.groups[0], 8)
-    changes.of_weight(items.groups[0].linears[0], 4).tensors()
+    changes.of_weight(items.groups[0].linears[0], WeightBits(4)).tensors()
     monkeypatch.setattr(bit_changes, "SegmentRunner", None)
     monkeypatch.setattr(bit_changes, "round_linears", None)
     changes.of_cache(items.caches[0], 8)
-    changes.of_weight(items.groups[1].linears[0], 4).tensors()
+    changes.of_weight(items.groups[1].linears[0], WeightBits(4)).tensors()
 
 
 def test_several_changes_in_one() -> None:
     _, items, changes = searched()
     parts = [changes.of_input(g, 8) for g in items.groups]
-    parts += [changes.of_weight(item, 8) for g in items.groups for item in g.linears]
+    parts += [changes.of_weight(item, WeightBits(8)) for g in items.groups for item in g.linears]
     whole = joined("all", parts)
     assert isinstance(whole, Change)
     assert set(whole.weights) == {shape.name for shape in items.shape.linears}

@@ -40,7 +40,7 @@ OTHERS = (plan("w4a8", 0.25, 1.7), plan("w4a8, 10% promoted", 0.3, 1.4))
 
 
 def tensor(layer: int, role: str, loss: float = 1e-3, bits: int = 8) -> TensorBits:
-    return TensorBits(f"{layer}.{role}", layer, role, bits, {8: 1e-8, 4: loss})
+    return TensorBits(f"{layer}.{role}", layer, role, bits, {"4": loss, "8": 1e-8})
 
 
 def layers(number: int) -> tuple[TensorBits, ...]:
@@ -355,7 +355,7 @@ from qnpu.compiler.bit_charts import write_front, write_heat_map
 from qnpu.compiler.bit_search import BitSearch, MeasuredPlan, TensorBits
 assert "matplotlib" not in sys.modules
 plan = MeasuredPlan("a", 1.0, 1.0, 0.1, 0.1, 2.0)
-tensor = TensorBits("w", 0, "q", 4, {4: 0.1})
+tensor = TensorBits("w", 0, "q", 4, {"4": 0.1})
 search = BitSearch("t", "1/1", "b", "kl", 1.5, 0.0, (tensor,), plan, (plan,), (plan,), ())
 write_front(search, Path(sys.argv[1]))
 write_heat_map(search, Path(sys.argv[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qnpu.compiler.allocation import priced
@@ -20,8 +22,8 @@ from tests.searching import TARGET, rotated, searched
 WORKLOAD = Workload(512, 64)
 
 
-def options_of(target: str = TARGET) -> BitOptions:
-    return BitOptions(searched()[1], load_target(target), WORKLOAD)
+def options_of(target: str = TARGET, block: int = 0) -> BitOptions:
+    return BitOptions(searched()[1], load_target(target), WORKLOAD, block)
 
 
 def nothing(key: str, option: Option) -> float:
@@ -36,6 +38,36 @@ def test_what_a_target_has() -> None:
         assert len(known) == 2 * 2 ** len(group.linears)
     for cache in options.items.caches:
         assert list(options.known[cache_key(cache)]) == ["8", "16"]
+
+
+def test_blocks_are_one_more_choice_for_each_weight() -> None:
+    plain, options = options_of(), options_of(block=16)
+    for group in options.items.groups:
+        key, count = group_key(group), len(group.linears)
+        known = options.known[key]
+        assert len(known) == 2 * 3**count
+        assert plain.known[key].items() <= known.items()
+        few, blocks, many = (known[f"8 w{','.join([w] * count)}"] for w in ("4", "4b16", "8"))
+        assert few.bytes < blocks.bytes < many.bytes
+        assert few.seconds < blocks.seconds  # modelled: blocks cost the NPU time
+
+
+def test_blocks_only_where_they_divide_the_features() -> None:
+    """Of 64 features, and of 128 between gate and down projection."""
+    options = options_of(block=128)
+    for group in options.items.groups:
+        names = " ".join(options.known[group_key(group)])
+        assert ("4b128" in names) == (group.linears[0].shape.features % 128 == 0)
+    features = {group.linears[0].shape.features % 128 == 0 for group in options.items.groups}
+    assert features == {True, False}
+
+
+def test_blocks_chosen() -> None:
+    options = options_of(block=16)
+    plan = options.by_scheme(replace(Scheme.parse("w4a8"), block=16))
+    assert plan is not None
+    linears = options.choices(plan).linears.values()
+    assert {(bits.weight, bits.block) for bits in linears} == {(4, 16), (8, 0)}  # and the head
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8", "w4a8"])

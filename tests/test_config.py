@@ -177,7 +177,6 @@ def test_options_do_not_change() -> None:
         ({"weight_block": 31}, "QN503"),
         ({"emit": ("encodings-0.6.1",)}, "QN314"),
         ({"plan": "bit_plan.json"}, "QN503"),
-        ({"scheme": "auto", "budget": "size=1MB"}, "QN503"),
         ({"learn": "end-to-end", "learn_weights": "rotations"}, "QN503"),
     ],
 )
@@ -186,6 +185,11 @@ def test_blocks_that_there_are_not(options: dict[str, Any], code: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
         CompileConfig(**asked)
     assert caught.value.codes == [code]
+
+
+def test_blocks_as_a_choice() -> None:
+    config = CompileConfig(scheme="auto", budget="size=1MB", target="qnn-htp-v75", weight_block=32)
+    assert config.weight_block == 32
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "qnn-htp-v68", "qnn-htp-v81"])

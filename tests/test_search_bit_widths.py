@@ -14,6 +14,7 @@ from qnpu.compiler.bit_search import BitSearch, MeasuredPlan, unbeaten
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.pass_base import Compilation
 from qnpu.compiler.printer import model_to_text
+from qnpu.compiler.quant_types import PerBlock
 from qnpu.compiler.target import load_target
 from qnpu.passes.assign_bit_widths import AssignBitWidths
 from qnpu.passes.search_bit_widths import SearchBitWidths
@@ -79,15 +80,31 @@ def test_assign_bit_widths_takes_what_was_chosen() -> None:
         assert bits[name] == cache
 
 
+def test_blocks_are_taken_where_they_pay() -> None:
+    compilation = ran(replace(PASS, budget="size=170kB", block=16))
+    search = compilation.bit_search
+    assert search is not None and search.chosen.bytes <= 170e3
+    assert search.chosen.expected < found("size=170kB").chosen.expected
+    labels = {item.name: item.label for item in search.tensors}
+    assert "4b16" in labels.values()
+    assert "w4a16, blocks of 16" in {plan.label for plan in search.others}
+    chosen = compilation.bit_choices
+    AssignBitWidths(Scheme.parse(AUTO)).run(compilation)
+    for name, linear in chosen.linears.items():
+        assert labels[name] == str(linear.weight_name)
+        granularity = compilation.bit_plan[name].granularity
+        assert isinstance(granularity, PerBlock) == (linear.block == 16)
+
+
 def test_tensors_say_where_they_are_and_what_they_lose() -> None:
     search = found("latency=340us")
     roles = [item.role for item in search.tensors if item.layer == 0]
     assert roles[:4] == ["input of q", "q", "k", "v"]
     assert sorted(roles[-2:]) == ["keys", "values"]
     for item in search.tensors:
-        assert item.bits in item.losses
+        assert item.label in item.losses
         assert all(loss >= 0 for loss in item.losses.values())
-        assert item.losses[min(item.losses)] >= item.losses[max(item.losses)]
+        assert item.worst == max(item.losses.values()) >= item.loss
 
 
 def test_the_graph_is_not_changed_and_a_second_run_does_nothing() -> None:

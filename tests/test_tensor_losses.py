@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.bit_options import BitOptions, cache_key, group_key
 from qnpu.compiler.bit_plan import Scheme
 from qnpu.compiler.cost_model import Workload
@@ -17,12 +18,17 @@ from qnpu.runtime_check.loss_record import LossRecord
 from qnpu.runtime_check.tensor_losses import TensorLosses
 from tests.searching import HELD_OUT, TARGET, feeds, searched
 
+FOUR = WeightBits(4)
+
 
 def losses_of(
-    measure: Measure = Measure.KL, folder: Path | None = None, meter: LossMeter | None = None
+    measure: Measure = Measure.KL,
+    folder: Path | None = None,
+    meter: LossMeter | None = None,
+    block: int = 0,
 ) -> tuple[BitOptions, TensorLosses]:
     model, items, changes = searched()
-    options = BitOptions(items, load_target(TARGET), Workload(512, 64))
+    options = BitOptions(items, load_target(TARGET), Workload(512, 64), block)
     record = LossRecord(folder)
     record.open("c3" * 32)
     meter = meter or LossMeter(model, feeds(model, HELD_OUT), stride=2)
@@ -34,7 +40,7 @@ def test_an_option_loses_what_its_tensors_lose() -> None:
     model, items, changes = searched()
     meter = LossMeter(model, feeds(model, HELD_OUT), stride=2)
     group = items.groups[0]
-    parts = [changes.of_input(group, 8), *(changes.of_weight(i, 4) for i in group.linears)]
+    parts = [changes.of_input(group, 8), *(changes.of_weight(i, FOUR) for i in group.linears)]
     alone = dict(meter.each(parts, Measure.KL))
     option = options.known[group_key(group)]["8 w4,4,4"]
     assert losses.of(group_key(group), option) == pytest.approx(sum(alone.values()), rel=1e-6)
@@ -48,17 +54,18 @@ def test_an_option_loses_what_its_tensors_lose() -> None:
     assert losses.of(cache_key(cache), known["16"]) == 0.0
 
 
-def test_wide_weights_share_what_they_lose_together() -> None:
-    _, losses = losses_of()
+@pytest.mark.parametrize(("bits", "most"), [(WeightBits(8), 0.05), (WeightBits(4, 16), 0.9)])
+def test_wide_weights_share_what_they_lose_together(bits: WeightBits, most: float) -> None:
+    _, losses = losses_of(block=bits.block)
     model, items, changes = searched()
     all_items = [item for group in items.groups for item in group.linears]
     meter = LossMeter(model, feeds(model, HELD_OUT), stride=2)
-    whole = meter.together(joined("", [changes.of_weight(i, 8) for i in all_items])).divergence
+    whole = meter.together(joined("", [changes.of_weight(i, bits) for i in all_items])).divergence
     found = losses.tensors()
     few = [found[f"weight {i.shape.name} 4"] for i in all_items]
-    wide = [found[f"weight {i.shape.name} 8"] for i in all_items]
+    wide = [found[f"weight {i.shape.name} {bits}"] for i in all_items]
     assert sum(wide) == pytest.approx(whole, rel=1e-6)
-    assert 0 < sum(wide) < sum(few) / 20
+    assert 0 < sum(wide) < sum(few) * most
     ratios = [a / b for a, b in zip(wide, few, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
 
@@ -72,7 +79,7 @@ def test_other_measures_add_up_to_the_divergence_of_each_kind(measure: Measure) 
     inputs = [changes.of_input(group, 8) for group in items.groups]
     whole = meter.together(joined("", inputs)).divergence
     assert sum(found[change.name] for change in inputs) == pytest.approx(whole, rel=1e-5)
-    weights = [changes.of_weight(item, 4) for group in items.groups for item in group.linears]
+    weights = [changes.of_weight(item, FOUR) for group in items.groups for item in group.linears]
     whole = meter.together(joined("", weights)).divergence
     assert sum(found[change.name] for change in weights) == pytest.approx(whole, rel=1e-5)
     single = dict(meter.each(weights, measure))
