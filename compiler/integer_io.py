@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import numpy as np
 import onnx_ir as ir
+from pydantic import Field, TypeAdapter
 
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.marks import read_mark
 from qnpu.compiler.operands import input_operand, output_operand
 from qnpu.compiler.qdq_edit import QdqEditor, encoding_of
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 
 MARK = "qnpu.integer_io"
+_Type = Literal["INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32"]
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_TABLE = TypeAdapter(dict[str, tuple[_Type, _Scale, int]])
 
 
 def mark_integer(model: ir.Model, encodings: Mapping[str, Encoding]) -> None:
@@ -30,8 +36,12 @@ def mark_integer(model: ir.Model, encodings: Mapping[str, Encoding]) -> None:
 
 
 def integer_io(model: ir.Model) -> dict[str, Encoding]:
-    """Inputs and outputs that are codes of real numbers, by name, each with its encoding."""
-    table = json.loads(model.metadata_props.get(MARK, "{}"))
+    """Inputs and outputs that are codes of real numbers, by name, each with its encoding.
+
+    Raises:
+        DiagnosticError: QN119 the mark is no table of them.
+    """
+    table = read_mark(model, MARK, _TABLE) or {}
     return {name: _encoding(*entry) for name, entry in table.items()}
 
 

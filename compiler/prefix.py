@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
+from pydantic import NonNegativeInt, TypeAdapter
+
+from qnpu.compiler.marks import read_mark
 
 MARK = "qnpu.prefix"
 
@@ -24,7 +27,7 @@ class Prefix:
             prefix as tokens, relative to their largest magnitude.
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[NonNegativeInt, ...]
     outliers_before: int
     outliers_after: int
     error: float
@@ -34,18 +37,21 @@ class Prefix:
         return asdict(self)
 
 
+_PREFIX = TypeAdapter(Prefix)
+
+
 def mark_prefix(model: ir.Model, prefix: Prefix) -> None:
     """Notes the prefix in the model's metadata."""
     model.metadata_props[MARK] = json.dumps(prefix.to_json())
 
 
 def prefix_of(model: ir.Model) -> Prefix | None:
-    """The prefix that a graph holds, or None."""
-    text = model.metadata_props.get(MARK)
-    if text is None:
-        return None
-    table = json.loads(text)
-    return Prefix(**(table | {"ids": tuple(table["ids"])}))
+    """The prefix that a graph holds, or None.
+
+    Raises:
+        DiagnosticError: QN119 the mark is no prefix.
+    """
+    return read_mark(model, MARK, _PREFIX)
 
 
 def parse_prefix(text: str) -> tuple[int, ...] | None:

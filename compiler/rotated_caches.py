@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, TypeAdapter
 
 from qnpu.compiler.hadamard import rotation_matrix
+from qnpu.compiler.marks import read_mark
 
 MARK = "qnpu.rotated_caches"
+_Width = Annotated[int, Field(gt=0, le=8192)]  # more, and the matrix alone would fill the memory
+_TABLE = TypeAdapter(dict[str, tuple[_Width, NonNegativeInt]])
 
 Array = NDArray[Any]
 
@@ -52,8 +56,12 @@ def mark_rotated(model: ir.Model, caches: Mapping[str, CacheRotation]) -> None:
 
 
 def rotated_caches(model: ir.Model) -> dict[str, CacheRotation]:
-    """The graph inputs and outputs that hold rotated values, by name."""
-    table = json.loads(model.metadata_props.get(MARK, "{}"))
+    """The graph inputs and outputs that hold rotated values, by name.
+
+    Raises:
+        DiagnosticError: QN119 the mark is no table of them.
+    """
+    table = read_mark(model, MARK, _TABLE) or {}
     return {name: CacheRotation(width, seed) for name, (width, seed) in table.items()}
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
+from pydantic import TypeAdapter
 
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.marks import read_mark
 from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.roles import is_rotated_online
 
 MARK = "qnpu.rotated_weights"
+_TABLE = TypeAdapter(dict[Literal["inputs", "outputs"], list[str]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,10 @@ def mark_rotated_weights(
 
 
 def rotated_weights(model: ir.Model) -> RotatedWeights:
-    """What was noted."""
-    table = json.loads(model.metadata_props.get(MARK, "{}"))
+    """What was noted.
+
+    Raises:
+        DiagnosticError: QN119 it is nothing that was noted here.
+    """
+    table = read_mark(model, MARK, _TABLE) or {}
     return RotatedWeights(*(frozenset(table.get(side, ())) for side in ("inputs", "outputs")))

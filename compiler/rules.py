@@ -566,6 +566,36 @@ class CacheInputMissing(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableMark(Rule):
+    """What it checks
+        Metadata under ``qnpu.…`` are as a pass of qnpu writes them.
+
+    Why it matters
+        They say which caches are rotated, which tokens a graph holds as constants, and which codes
+        its inputs and outputs are: misread, results would be wrong.
+
+    Example
+        ```python
+        model.metadata_props["qnpu.prefix"] = "none"
+        ```
+
+    How to fix
+        Compile the float model again, or delete the entry if no pass of qnpu has written it.
+    """
+
+    code: ClassVar[str] = "QN119"
+    name: ClassVar[str] = "unreadable-mark"
+    mark: str
+    reason: str
+
+    def message(self) -> str:
+        return f"metadata `{self.mark}` are not what qnpu writes there: {self.reason}"
+
+    def help(self) -> str:
+        return "compile the float model again, or delete that entry if qnpu has not written it"
+
+
+@dataclass(frozen=True, slots=True)
 class StreamNotRotated(Rule):
     """What it checks
         The residual stream can be rotated: embeddings and linears write to it, norms followed by

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qnpu.compiler.diagnostics import DiagnosticError, first_line
 from qnpu.compiler.integer_cpu import MARK, Cpu
-from qnpu.compiler.rules import CpuSaturates, GraphDoesNotRun
+from qnpu.compiler.rules import CpuSaturates, GraphDoesNotRun, UnreadableMark
 
 _PAGE = 4096
 _LOGGER = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def open_session(
 
     Raises:
         DiagnosticError: QN116 where ONNX Runtime refuses the graph, QN403 where it would multiply
-            wrongly on this CPU.
+            wrongly on this CPU, QN119 the mark of its CPU is none.
     """
     options = session_options(mode)
     try:
@@ -98,8 +98,15 @@ def open_session(
     except _ORT_ERRORS as error:
         raise DiagnosticError(GraphDoesNotRun(first_line(error)).at()) from error
     known = session.get_modelmeta().custom_metadata_map
-    check_cpu(Cpu(known.get(MARK, Cpu.ANY.value)))
+    check_cpu(_cpu_of(known.get(MARK, Cpu.ANY.value)))
     return session
+
+
+def _cpu_of(mark: str) -> Cpu:
+    try:
+        return Cpu(mark)
+    except ValueError as error:
+        raise DiagnosticError(UnreadableMark(MARK, str(error)).at()) from error
 
 
 def check_cpu(cpu: Cpu) -> None:

@@ -43,6 +43,7 @@ TRIGGERED_BY = {
     "QN104": "test_models_onnx_file.py::test_external_data_missing_or_short",
     "QN105": "test_models_onnx_file.py::test_external_data_outside_the_folder",
     "QN118": "test_cached_decoder.py::test_what_a_cache_needs",
+    "QN119": "test_marks.py::test_what_no_pass_has_written",
     "QN113": "test_models_load.py::test_resolve_names",
     "QN114": "test_models_export.py::test_missing_exporter",
     "QN115": "test_models_export.py::test_a_failed_export_says_why_and_leaves_nothing",
