@@ -37,6 +37,7 @@ _OTHER_FORMATS = {
 _OF_BOTH_DOMAINS = ("QuantizeLinear", "DequantizeLinear")  # com.microsoft's have no schema in onnx
 _NUMBER_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data",
                   "uint64_data")  # fmt: skip
+_SIX = 6  # bits of the narrowest floats that ONNX gives a byte each
 _COMPLEX = (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
 _LFS_MARK = b"version https://git-lfs"
 
@@ -149,7 +150,7 @@ def _graphs_within(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def _check_attributes(model: ir.Model, path: Path) -> None:
-    """Refuses attributes of another type than their operators have.
+    """Refuses attributes of another type than their operators have, or that name a function's own.
 
     Raises:
         DiagnosticError: QN103.
@@ -161,6 +162,9 @@ def _check_attributes(model: ir.Model, path: Path) -> None:
             version = 0 if pair else graph.opset_imports.get(domain, 0)  # old ones had no axis
             kinds = _attribute_kinds(node.op_type, version, domain)
             for name, attribute in node.attributes.items():
+                if attribute.is_ref() and graph is model.graph:
+                    found = "stands for one of a function, and is in none"
+                    raise _not_onnx(path, f"`{name}` of node `{node.name}` {found}")
                 kind = kinds.get(name)
                 if kind is not None and attribute.type.value != kind:
                     due = ir.AttributeType(kind).name
@@ -276,11 +280,14 @@ def _faults(tensor: _Place, folder: Path, file: str) -> Iterator[Diagnostic]:
         reason = f"tensor `{proto.name}` has data type {proto.data_type} and shape {[*proto.dims]}"
         yield NotOnnx(reason).at(**where)
     elif external and size is not None:
-        yield from (rule.at(**where) for rule in _external_faults(proto, size, folder))
+        found = [rule.at(**where) for rule in _external_faults(proto, size, folder)]
+        yield from found
+        if not found and (reason := _six_bit_fault(proto, folder)):
+            yield NotOnnx(reason).at(**where)
     elif proto.HasField("raw_data") and len(proto.raw_data) != size:
         reason = f"tensor `{proto.name}` has {len(proto.raw_data)} bytes of data, needs {size}"
         yield NotOnnx(reason).at(**where)
-    elif reason := _numbers_fault(proto):
+    elif reason := _numbers_fault(proto) or _six_bit_fault(proto, folder):
         yield NotOnnx(reason).at(**where)
 
 
@@ -301,6 +308,17 @@ def _numbers_fault(proto: onnx.TensorProto) -> str:
     found = ", ".join(f"{size} in {field}" for field, size in sizes.items() if size) or "none"
     due = "raw data alone" if raw else f"{count} in {name}"
     return f"tensor `{proto.name}` has these numbers: {found}; due are {due}"
+
+
+def _six_bit_fault(proto: onnx.TensorProto, folder: Path) -> str:
+    """A code beyond 63: those of 6 bits have a byte each, which holds more."""
+    if ir.DataType(proto.data_type).bitwidth != _SIX:
+        return ""
+    try:
+        ir.serde.deserialize_tensor(proto, str(folder)).numpy()
+    except ValueError:
+        return f"tensor `{proto.name}` has codes beyond 63, of 6 bits"
+    return ""
 
 
 def _byte_size(proto: onnx.TensorProto) -> int | None:

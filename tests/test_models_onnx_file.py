@@ -147,6 +147,38 @@ def test_inline_data_of_the_wrong_length(tmp_path: Path) -> None:
     assert codes(write(tmp_path, model_with(weight))) == ["QN103"]
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT6E2M3, TensorProto.FLOAT6E3M2])
+@pytest.mark.parametrize("outside", [False, True])
+def test_codes_of_six_bits_that_have_more(tmp_path: Path, kind: int, outside: bool) -> None:
+    """Found by bench.fuzz: a zero point of that type with the code 128."""
+    tensor = TensorProto(name="w", data_type=kind, dims=[1])
+    path = write(tmp_path, model_with(tensor))
+    assert codes(path) == ["QN103"]
+    if outside:
+        (tmp_path / "w.bin").write_bytes(b"\x80")
+        tensor = external("w", {"location": "w.bin"}, shape=(1,))
+        tensor.data_type = kind
+    else:
+        tensor.int32_data.append(128)
+    assert codes(write(tmp_path, model_with(tensor))) == ["QN103"]
+
+
+def test_an_attribute_of_a_function_outside_of_one(tmp_path: Path) -> None:
+    """Found by bench.fuzz."""
+    model = model_with()
+    reference = model.graph.node[0].attribute.add(name="axis", ref_attr_name="axis")
+    reference.type = onnx.AttributeProto.INT
+    assert codes(write(tmp_path, model)) == ["QN103"]
+    function = helper.make_function("own", "F", ["a"], ["b"], [], [helper.make_opsetid("", 23)])
+    node = function.node.add(op_type="Softmax", input=["a"], output=["b"])
+    node.attribute.append(reference)
+    function.attribute.append("axis")
+    model = model_with()
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    load_onnx(write(tmp_path, model))  # within one it is as it should be
+
+
 @pytest.mark.parametrize(("kind", "dims"), [(999, [4]), (1, [-4]), (0, [4])])
 def test_impossible_tensor(tmp_path: Path, kind: int, dims: list[int]) -> None:
     weight = TensorProto(name="w", data_type=kind, dims=dims, raw_data=bytes(16))
