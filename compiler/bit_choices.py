@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.quant_types import PerBlock, PerChannel, QuantSpec
 from qnpu.compiler.rules import InvalidPlan, MissingFile
 
 FORMAT, VERSION = "qnpu-bit-plan", 2
@@ -37,6 +38,11 @@ class WeightBits:
 
     def __str__(self) -> str:
         return f"{self.bits}b{self.block}" if self.block else str(self.bits)
+
+    def spec(self, channel_axis: int) -> QuantSpec:
+        """Of a weight (features, channels) or the other way round: signed and symmetric."""
+        blocks = PerBlock(1 - channel_axis, self.block) if self.block else None
+        return QuantSpec(self.bits, True, True, blocks or PerChannel(channel_axis))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qnpu.compiler.bit_choices import BLOCK_BITS, BitChoices, LinearBits
+from qnpu.compiler.bit_choices import BLOCK_BITS, BitChoices, LinearBits, WeightBits
 from qnpu.compiler.bit_plan import BitPlan, Scheme
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.graph_checks import non_finite_weights
@@ -22,7 +22,7 @@ from qnpu.compiler.op_traits import (
     layout_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Pass, ProgressCallback, Stage, no_progress
-from qnpu.compiler.quant_types import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
+from qnpu.compiler.quant_types import PerChannel, PerTensor, QuantSpec
 from qnpu.compiler.roles import (
     activations,
     can_have_blocks,
@@ -186,7 +186,7 @@ class AssignBitWidths(Pass):
     ) -> None:
         roles: dict[str, QuantSpec] = {}
         for linear in linears.values():
-            weight = QuantSpec(wanted.weight_bits(linear), True, True, wanted.granularity(linear))
+            weight = wanted.weight(linear).spec(linear.channel_axis)
             roles[name_of(linear.weight)] = SIGNS if is_online_rotation(linear) else weight
             if linear.bias is not None:
                 roles[name_of(linear.bias)] = QuantSpec(32, True, True, PerChannel(0))
@@ -265,10 +265,9 @@ class _Widths:
             return known.weight
         return self._scheme.head_bits if linear.node is self.head else self._scheme.weight_bits
 
-    def granularity(self, linear: Linear) -> Granularity:
-        """Blocks along the features where they are wanted and fit, else a scale per channel."""
-        size = self._block(linear)
-        return PerBlock(1 - linear.channel_axis, size) if size else PerChannel(linear.channel_axis)
+    def weight(self, linear: Linear) -> WeightBits:
+        """In blocks along the features where they are wanted and fit."""
+        return WeightBits(self.weight_bits(linear), self._block(linear))
 
     def _block(self, linear: Linear) -> int:
         """Features of a linear's weight that share a block scale; 0 for none."""

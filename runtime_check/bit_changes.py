@@ -14,9 +14,8 @@ from qnpu.compiler.bit_items import BitItems, CacheItem, LinearGroup, LinearItem
 from qnpu.compiler.bit_plan import CHOSEN_BITS, BitPlan
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.op_traits import Linear
 from qnpu.compiler.pass_base import Compilation, ProgressCallback
-from qnpu.compiler.quant_types import Encoding, Granularity, PerBlock, PerChannel, QuantSpec
+from qnpu.compiler.quant_types import Encoding, QuantSpec
 from qnpu.compiler.roles import can_have_blocks
 from qnpu.compiler.target import TargetProfile
 from qnpu.runtime_check.bit_losses import Change
@@ -149,12 +148,7 @@ class BitChanges:
                 for item in group.linears
                 if not bits.block or can_have_blocks(item.linear.weight, bits.block)
             ]
-            specs = {
-                name_of(linear.weight): QuantSpec(
-                    bits.bits, True, True, _granularity(linear, bits.block)
-                )
-                for linear in linears
-            }
+            specs = {name_of(linear.weight): bits.spec(linear.channel_axis) for linear in linears}
             scratch = Compilation(self._model, self._target, bit_plan=BitPlan(specs=specs))
             encode_constants(scratch, self._method)
             if bits.bits <= CHOSEN_BITS:
@@ -165,11 +159,6 @@ class BitChanges:
                 )
             self._weights[bits] = scratch.encodings
         return self._weights[bits]
-
-
-def _granularity(linear: Linear, block: int) -> Granularity:
-    axis = linear.channel_axis
-    return PerBlock(1 - axis, block) if block else PerChannel(axis)
 
 
 def joined(name: str, changes: Sequence[Change]) -> Change:
