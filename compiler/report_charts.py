@@ -119,6 +119,32 @@ def curve_figure(steps: Sequence[float], losses: Sequence[float], what: str) -> 
     return figure
 
 
+def curves_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]], marked: str, what: str
+) -> Figure:
+    """Many curves in one chart, one of them in front.
+
+    Args:
+        curves: name → steps and values.
+        marked: name of the one in front.
+        what: label of the axis of values.
+    """
+    figure, axes = _small()
+    label: str | None = "each of the others"
+    for name, points in curves.items():
+        if name != marked:
+            axes.plot(*zip(*points, strict=True), color=GREY, linewidth=0.8, label=label)
+            label = None
+    steps, values = zip(*curves[marked], strict=True)
+    axes.plot(steps, values, color=VERMILION, marker="o", markersize=4, label=marked)
+    _scale_values(axes, [value for points in curves.values() for _, value in points])
+    axes.set_xlabel("step")
+    axes.set_ylabel(what)
+    axes.grid(color=GRID, linewidth=0.6)
+    _legend(axes)
+    return figure
+
+
 @dataclass(frozen=True, slots=True)
 class TensorShape:
     """Histogram of a tensor before and after rotation; see ``TensorHistogram``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from qnpu.compiler.report_charts import (
     Series,
     TensorShape,
     curve_figure,
+    curves_figure,
     histogram_figure,
     lsb_figure,
     series_figure,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WORST = 15
+_MODEL = "model"
 
 
 def _bits(facts: Report) -> Section | None:
@@ -305,33 +308,38 @@ def _learning(facts: Report) -> Section | None:
             by_name.setdefault(point["what"], []).append((point["step"], float(point["loss"])))
     if not by_name:
         return None
-    curves = {name: points for name, points in by_name.items() if len(points) > 2}
-    ends = {name: points for name, points in by_name.items() if name not in curves}
-    charts = [_curve_chart(name, curves[name], i) for i, name in enumerate(curves)]
-    if ends:
-        charts.append(_ends_chart(ends))
+    model = by_name.pop(_MODEL, None)
+    charts = [_model_chart(model)] if model else []
+    if by_name:
+        charts.append(_blocks_chart(by_name))
+    curves = {
+        short(name, LABEL_LENGTH): [(step, loss / points[0][1]) for step, loss in points]
+        for name, points in by_name.items()
+        if 0 < points[0][1] < math.inf
+    }
+    if curves:
+        charts.append(_curves_chart(curves))
     return Section("learning", "Learning", [], charts)
 
 
-def _curve_chart(name: str, points: Sequence[tuple[int, float]], index: int) -> Chart:
+def _model_chart(points: Sequence[tuple[int, float]]) -> Chart:
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    label = short(name, LABEL_LENGTH)
     svg = _svg(
         partial(curve_figure, steps, losses, "loss"),
-        f"chart-learning-{index}",
-        f"Loss while learning: {label}",
+        "chart-learning",
+        "Loss while learning: model",
         f"From {number(losses[0])} at step {steps[0]} to {number(losses[-1])} at step"
         f" {steps[-1]}; the least is {number(min(losses))}.",
     )
     rows = [(str(step), number(loss)) for step, loss in points]
-    caption = f"Loss of the {label} where it was measured."
-    return Chart(svg, caption, Table(f"Loss: {label}", ("step", "loss"), rows))
+    caption = "Loss of the model where it was measured."
+    return Chart(svg, caption, Table("Loss: model", ("step", "loss"), rows))
 
 
-def _ends_chart(ends: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
-    names = [short(name, LABEL_LENGTH) for name in ends]
-    first = [points[0][1] for points in ends.values()]
-    last = [points[-1][1] for points in ends.values()]
+def _blocks_chart(blocks: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    names = [short(name, LABEL_LENGTH) for name in blocks]
+    first = [points[0][1] for points in blocks.values()]
+    last = [min(loss for _, loss in points) for points in blocks.values()]
     labels = [name.rpartition(" ")[2] for name in names]
     svg = _svg(
         partial(
@@ -351,6 +359,27 @@ def _ends_chart(ends: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
     ]
     table = Table("Loss of blocks", ("block", "before", "learned", "learned / before"), rows)
     return Chart(svg, "Loss of each block before and after its steps.", table)
+
+
+def _curves_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    least_gain = max(curves, key=lambda name: min(loss for _, loss in curves[name]))
+    gain = number(min(loss for _, loss in curves[least_gain]))
+    svg = _svg(
+        partial(curves_figure, curves, least_gain, "loss / loss at the start"),
+        "chart-block-curves",
+        "Loss of blocks while learning",
+        f"{len(curves)} curves; that of {least_gain}, which gains least, falls to {gain}.",
+    )
+    steps = sorted({step for points in curves.values() for step, _ in points})
+    columns = ("block", *(f"step {step}" for step in steps))
+    by_step = {name: dict(points) for name, points in curves.items()}
+    rows = [
+        (name, *(number(found[step]) if step in found else "" for step in steps))
+        for name, found in by_step.items()
+    ]
+    table = Table("Loss of blocks by step, relative to the start", columns, rows)
+    caption = f"Loss of each block where it was measured; {least_gain} gains least."
+    return Chart(svg, caption, table)
 
 
 def _front(facts: Report) -> Section | None:

@@ -152,8 +152,9 @@ class LearnScales(Pass):
                 work.compilation.diagnostics.append(fault.at())
             losses = f"loss {result.before:.2e} → {result.after:.2e}"
             work.compilation.learning += [
-                LearningPoint(name, 0, result.before),
-                LearningPoint(name, self._steps, result.after),
+                LearningPoint(name, step, loss)
+                for step, loss in result.losses.items()
+                if math.isfinite(loss)
             ]
             if not result.resumed:
                 fraction = (result.block + 1) / (len(blocks) - 1)

@@ -25,7 +25,7 @@ from qnpu.runtime_check.weight_rounding import token_energy, token_shares
 _MOST_ENERGY = 4.0
 _CHECKS = 4
 
-_NUMBERS = "numbers"
+_LOSSES = "losses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +55,41 @@ class BlockResult:
 
     Attributes:
         block: index.
-        before: loss at the start, on the runs it is checked on.
-        after: loss of what was kept; never more than ``before``.
-        learned: what was kept, by value name.
-        diverged: a later state was worse than ``after``, or not finite, so that it was dropped.
+        losses: on the runs that are checked, by step; the first is that of the start.
+        learned: what was kept, by value name: the state with the least loss.
         resumed: an earlier run learned it.
     """
 
     block: int
-    before: float
-    after: float
+    losses: dict[int, float]
     learned: State
-    diverged: bool
     resumed: bool = False
+
+    @property
+    def before(self) -> float:
+        """The loss at the start."""
+        return self.losses[0]
+
+    @property
+    def after(self) -> float:
+        """The loss of what was kept; never more than ``before``."""
+        return min(self.losses.values())
+
+    @property
+    def diverged(self) -> bool:
+        """The last state was worse than what was kept, or not finite, so that it was dropped."""
+        return not list(self.losses.values())[-1] <= self.after
 
     def to_state(self) -> State:
         """All of it as arrays, for a record."""
-        numbers = np.array([self.before, self.after, self.diverged], np.float64)
-        return {**self.learned, _NUMBERS: numbers}
+        return {**self.learned, _LOSSES: np.array([*self.losses.items()], np.float64)}
 
     @classmethod
     def from_state(cls, block: int, state: State) -> BlockResult:
         """From what ``to_state`` gave."""
         learned = dict(state)
-        before, after, diverged = learned.pop(_NUMBERS).tolist()
-        return cls(block, before, after, learned, bool(diverged), resumed=True)
+        losses = {int(step): loss for step, loss in learned.pop(_LOSSES).tolist()}
+        return cls(block, losses, learned, resumed=True)
 
 
 def learn_blocks(
@@ -177,8 +187,8 @@ def _learn(
         weight_decay=0.0,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, options.steps))
-    first = least = loss.mean(checked)
-    kept, diverged = learned.state(), False
+    losses = {0: loss.mean(checked)}
+    least, kept = losses[0], learned.state()
     for step in range(1, options.steps + 1):
         optimizer.zero_grad(set_to_none=True)
         for run in order.take(options.batch):
@@ -187,13 +197,12 @@ def _learn(
         schedule.step()
         learned.clamp()
         if step % max(1, options.steps // _CHECKS) == 0 or step == options.steps:
-            now = loss.mean(checked)
-            diverged = not now <= least
-            if not diverged:
+            now = losses[step] = loss.mean(checked)
+            if now <= least:
                 least, kept = now, learned.state()
             if not math.isfinite(now):
                 break
-    return BlockResult(index, first, least, kept, diverged)
+    return BlockResult(index, losses, kept)
 
 
 class _BlockLoss:

@@ -143,7 +143,7 @@ def learning(layers: int) -> list[LearningPoint]:
     blocks = [
         LearningPoint(f"block {block}", step, loss / (block + 1))
         for block in range(1, layers + 1)
-        for step, loss in ((0, 0.5), (10, 0.3))
+        for step, loss in ((0, 0.5), (5, 0.3), (10, 0.3 if block > 1 else 0.4))
     ]
     return [*blocks, *(LearningPoint("model", 2 * i, 1.0 / (i + 1)) for i in range(5))]
 

@@ -153,6 +153,7 @@ def test_rates_that_are_far_too_high_do_no_harm_and_are_told(
     assert [diagnostic.code for diagnostic in compilation.diagnostics] == ["QN308", "QN308"]
     losses = [step.split("loss ")[1].split(" → ") for step in said if "loss" in step]
     assert all(after == first for first, after in losses)
+    assert [point.step for point in compilation.learning][:3] == [0, 2, 4]
     assert numbers(compilation) == before
 
 

@@ -17,6 +17,7 @@ from qnpu.compiler.report_charts import (
     Series,
     TensorShape,
     curve_figure,
+    curves_figure,
     histogram_figure,
     lsb_figure,
     series_figure,
@@ -82,6 +83,14 @@ def test_a_curve() -> None:
     (line,) = axes.lines
     assert np.asarray(line.get_xydata()).tolist() == [[0, 3.0], [10, 2.0], [20, 1.5]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss")
+
+
+def test_one_curve_of_many_is_in_front() -> None:
+    curves = {name: [(0, 1.0), (5, 1.0 / (i + 1))] for i, name in enumerate("abc")}
+    axes = axes_of(curves_figure(curves, "b", "loss"))
+    assert list(lines(axes).values()) == [[1.0, 1.0], [1.0, 1 / 3], [1.0, 0.5]]
+    marked = next(line for line in axes.lines if line.get_label() == "b")
+    assert [line.get_color() == marked.get_color() for line in axes.lines] == [False, False, True]
 
 
 EDGES = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)

@@ -35,8 +35,8 @@ from tests.reports import (
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 CHARTS = ["chart-bits", "chart-losses", "chart-promotion", "chart-sqnr", "chart-histogram-0",
-          "chart-histogram-1", "chart-learning-0", "chart-blocks", "chart-front",
-          "chart-parity"]  # fmt: skip
+          "chart-histogram-1", "chart-learning", "chart-blocks", "chart-block-curves",
+          "chart-front", "chart-parity"]  # fmt: skip
 AWKWARD = [
     "</title></script><script>alert(1)</script>",
     '"\' onload=alert(1) x="',
@@ -387,6 +387,24 @@ def test_learning(whole: Item) -> None:
         ["0", "1"], ["2", "0.5"], ["4", "0.3333"], ["6", "0.25"], ["8", "0.2"]
     ]  # fmt: skip
     assert rows(part, "Loss of blocks")[1] == ["block 1", "0.25", "0.15", "0.6"]
+    assert rows(part, "Loss of blocks by step, relative to the start")[:3] == [
+        ["block", "step 0", "step 5", "step 10"],
+        ["block 1", "1", "0.6", "0.8"],
+        ["block 2", "1", "0.6", "0.6"],
+    ]  # fmt: skip
+
+
+def test_a_block_that_stopped_early() -> None:
+    what = light()
+    what["learning"] = [
+        {"what": name, "step": step, "loss": 2.0**-step}
+        for name, steps in (("block 0", (0, 1, 2)), ("block 1", (0, 1)))
+        for step in steps
+    ]
+    part = section(read(page(what)), "learning")
+    table = rows(part, "Loss of blocks by step, relative to the start")
+    assert table[1:] == [["block 0", "1", "0.5", "0.25"], ["block 1", "1", "0.5", ""]]
+    assert "block 1 gains least" in part.text
 
 
 def test_diagnostics_are_explained_inside_the_page(whole: Item) -> None:
