@@ -234,6 +234,12 @@ def _compile(
             help="End to end, compute in float32, bfloat16, or auto: the latter where it is fast."
         ),
     ] = None,
+    learn_device: Annotated[
+        str | None,
+        typer.Option(
+            help="End to end, on cpu, cuda, or auto: a GPU if there is one. Default: cpu."
+        ),
+    ] = None,
     learn_sharded: Annotated[
         bool | None,
         typer.Option(
@@ -397,6 +403,7 @@ def _compile(
         "distill": distill,
         "local_loss": local_loss,
         "learn_dtype": learn_dtype,
+        "learn_device": learn_device,
         "learn_sharded": learn_sharded,
         "down_bits": down_bits,
         "query_bits": query_bits,

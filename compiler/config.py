@@ -74,6 +74,7 @@ class CompileConfig:
         distill: part of the end-to-end loss that is KL to the float model, not cross-entropy.
         local_loss: part of the end-to-end steps in which activations' own errors count as well.
         learn_dtype: what is computed in end to end: ``float32``, ``bfloat16``, or ``auto``.
+        learn_device: what that runs on: ``cpu``, ``cuda``, or ``auto``: the latter if there is one.
         learn_sharded: under torchrun, each process holds a part of what is learned.
         rotate: fuse the rotations R1 and R2 into the weights, where the graph is a decoder.
         online: rotations to run online: ``r3`` (queries and keys), ``r4`` (inputs of down
@@ -131,6 +132,7 @@ class CompileConfig:
     distill: float = 0.9
     local_loss: float = 0.0
     learn_dtype: str = "auto"
+    learn_device: str = "cpu"
     learn_sharded: bool = False
     rotate: bool = True
     rotate_caches: bool = True
@@ -169,23 +171,13 @@ class CompileConfig:
         self._check_blocks()
         _check_choice("range_method", self.range_method, [m.value for m in RangeMethod])
         _check_choice("weights", self.weights, ["gptq", "seqmse", "nearest"])
-        _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
-        _check_choice("learn_weights", self.learn_weights, ["codes", "rotations"])
-        _check_choice("learn_tensors", self.learn_tensors, ["rotated", "all"])
-        _check_choice("learn_dtype", self.learn_dtype, ["auto", "float32", "bfloat16"])
-        if self.learn_weights == "rotations" and self.learn == "blockwise":
-            _fail("learn_weights", "rotations are learned end to end: learn = end-to-end")
-        _check_share("distill", self.distill)
-        _check_share("local_loss", self.local_loss)
+        self._check_learning()
         _check_choice("cpu", self.cpu, [item.value for item in Cpu])
         _check_choice("exporter", self.exporter, ["dynamo", "optimum"])
         for rotation in self.online:
             _check_choice("online", rotation, ["r3", "r4"])
         _check_prefix(self.prefix)
         _check_least("calib_windows", self.calib_windows, 1)
-        _check_least("learn_windows", self.learn_windows, 1)
-        _check_least("learn_steps", 1 if self.learn_steps is None else self.learn_steps, 1)
-        _check_least("learn_batch", self.learn_batch, 1)
         self._check_evaluation()
         _check_least("search_windows", self.search_windows, 1)
         _check_least("seq_len", self.seq_len, 2)
@@ -209,6 +201,22 @@ class CompileConfig:
             if isinstance(value, int) and not -_INT64 <= value < _INT64:
                 _fail(key, "does not fit into 64 bits")
         _check_least("seed", self.seed, 0)
+
+    def _check_learning(self) -> None:
+        _check_choice("learn", self.learn, ["none", "blockwise", "end-to-end"])
+        _check_choice("learn_weights", self.learn_weights, ["codes", "rotations"])
+        _check_choice("learn_tensors", self.learn_tensors, ["rotated", "all"])
+        _check_choice("learn_dtype", self.learn_dtype, ["auto", "float32", "bfloat16"])
+        _check_choice("learn_device", self.learn_device, ["auto", "cpu", "cuda"])
+        if self.learn_device == "cuda" and not _has_gpu():
+            _fail("learn_device", "torch finds no GPU here: cpu, or a torch that was built for one")
+        if self.learn_weights == "rotations" and self.learn == "blockwise":
+            _fail("learn_weights", "rotations are learned end to end: learn = end-to-end")
+        _check_share("distill", self.distill)
+        _check_share("local_loss", self.local_loss)
+        _check_least("learn_windows", self.learn_windows, 1)
+        _check_least("learn_steps", 1 if self.learn_steps is None else self.learn_steps, 1)
+        _check_least("learn_batch", self.learn_batch, 1)
 
     def _check_evaluation(self) -> None:
         _check_choice("bos", self.bos, ["auto", "none", "stream", "window"])
@@ -265,6 +273,8 @@ class CompileConfig:
         """
         if count > 1 and self.learn != "end-to-end":
             _fail("learn", f"{count} processes can share end-to-end learning, nothing else")
+        if count > 1 and self.learn_device != "cpu":
+            _fail("learn_device", f"{count} processes learn together on cpu alone")
         if self.learn_batch % count:
             _fail("learn_batch", f"{self.learn_batch} is no multiple of {count} processes")
 
@@ -359,6 +369,12 @@ def read_config(path: Traversable) -> dict[str, Any]:
 
 def _fail(key: str, reason: str, file: str = "") -> None:
     raise DiagnosticError(InvalidConfig(key, reason).at(file=file))
+
+
+def _has_gpu() -> bool:
+    import torch  # noqa: PLC0415  (takes a second)
+
+    return torch.cuda.is_available()
 
 
 def _check_choice(key: str, value: str, choices: list[str]) -> None:

@@ -165,6 +165,7 @@ def default_passes(
             config.seed,
             RangeMethod(config.range_method),
             config.learn_dtype,
+            config.learn_device,
             config.learn_sharded,
             record=record,
             progress=progress,

@@ -83,7 +83,9 @@ class LearnScales(Pass):
         seed: of the order of the data.
         method: ranges of constants that learned rotations change.
         dtype: what the model is computed in end to end: ``float32``, ``bfloat16``, or ``auto`` for
-            the latter where the processor multiplies it faster.
+            the latter where the device multiplies it faster.
+        device: what end to end runs on: ``cpu``, ``cuda``, or ``auto`` for the latter if there is
+            one.
         sharded: several processes (torchrun) hold a part of the parameters each.
         record: keeps what was learned on disk, for a run that is killed; None: nothing is kept.
         progress: called with the loss and the fraction done.
@@ -107,6 +109,7 @@ class LearnScales(Pass):
     seed: int = 0
     method: RangeMethod = RangeMethod.MSE
     dtype: str = "float32"
+    device: str = "cpu"
     sharded: bool = False
     record: LearningRecord | None = None
     progress: ProgressCallback = no_progress
@@ -134,7 +137,9 @@ class LearnScales(Pass):
 
     def _options(self) -> str:
         chosen = (self.driver, self.weights, self.tensors, self._steps, self.batch)
-        return repr((*chosen, self.distillation, self.local_share, self.seed, self.dtype))
+        return repr(
+            (*chosen, self.distillation, self.local_share, self.seed, self.dtype, self.device)
+        )
 
     def _learn_blocks(self, work: _Work) -> None:
         from qnpu.runtime_check import block_learning  # noqa: PLC0415  (imports torch)
@@ -168,6 +173,7 @@ class LearnScales(Pass):
 
         processes.wait()  # for the record
         graph, table = work.compilation.graph, work.compilation.encodings
+        device = end_to_end.working_device(self.device)
         options = end_to_end.EndToEndOptions(
             logits=_logits(graph),
             steps=self._steps,
@@ -175,7 +181,8 @@ class LearnScales(Pass):
             distillation=self.distillation,
             local_share=self.local_share,
             seed=self.seed,
-            dtype=end_to_end.working_type(self.dtype),
+            dtype=end_to_end.working_type(self.dtype, device),
+            device=device,
             sharded=self.sharded,
         )
         rotations = LearnedRotations(graph) if self.weights == "rotations" else None

@@ -64,6 +64,9 @@ class SearchBitWidths(Pass):
     and, where a rotation has spread its outliers, 4; of keys and values 8 and 16; of these what the
     target's profile lists.
 
+    Of several processes (torchrun) each measures a share of the tensors; the first one's plan is
+    every one's.
+
     Must not fire where bits were chosen before.
 
     Attributes:
@@ -104,6 +107,8 @@ class SearchBitWidths(Pass):
     progress: ProgressCallback = no_progress
 
     def run(self, compilation: Compilation) -> int:
+        from qnpu.runtime_check import processes  # noqa: PLC0415  (imports torch)
+
         if compilation.bit_choices.linears:
             return 0
         limits, workload = parse_budget(self.budget), parse_workload(self.workload)
@@ -116,7 +121,7 @@ class SearchBitWidths(Pass):
             raise DiagnosticError(faults)
         losses = self._losses(compilation, options)
         plan, compilation.bit_search = self._search(compilation, options, losses, limits)
-        compilation.bit_choices = options.choices(plan)
+        compilation.bit_choices = processes.agreed(options.choices(plan))
         return len(compilation.bit_choices.linears) + len(compilation.bit_choices.caches)
 
     def _losses(self, compilation: Compilation, options: BitOptions) -> TensorLosses:

@@ -30,6 +30,7 @@ _PATIENCE = 3
 _MOST_HELD = 4  # each costs as much at every check as half a step
 _ROWS = 16  # of logits at a time: they stay in the cache
 _NOW = 0
+_MAIN_MEMORY = torch.device("cpu")
 _CHECKS = "checks"
 TOKENS = "input_ids"
 RATES = {
@@ -55,6 +56,7 @@ class EndToEndOptions:
         checks: how often the loss is measured on runs that are not learned from.
         seed: of the order of runs.
         dtype: of the student's activations and float weights.
+        device: where both models run, and what learns is.
         sharded: each process holds a part of the parameters.
     """
 
@@ -67,6 +69,7 @@ class EndToEndOptions:
     checks: int = 8
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    device: torch.device = _MAIN_MEMORY
     sharded: bool = False
 
 
@@ -89,10 +92,20 @@ class Check:
     best_step: int
 
 
-def working_type(name: str) -> torch.dtype:
-    """The type of a name; ``auto``: bfloat16 where the processor multiplies it faster."""
+def working_device(name: str) -> torch.device:
+    """The device of a name, ``cpu`` or ``cuda``; ``auto``: a GPU that torch can use, if any."""
     if name == "auto":
-        fast = {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def working_type(name: str, device: torch.device = _MAIN_MEMORY) -> torch.dtype:
+    """The type of a name; ``auto``: bfloat16 where the device multiplies it faster."""
+    if name == "auto" and device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    if name == "auto":
+        fast = bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags()))
         return torch.bfloat16 if fast else torch.float32
     found: torch.dtype = getattr(torch, name)
     return found
@@ -101,9 +114,15 @@ def working_type(name: str) -> torch.dtype:
 class Teacher:
     """The float model's logits; what its head takes is kept, the rest computed once per run."""
 
-    def __init__(self, blocks: Sequence[Segment], feeds: Sequence[Feeds], logits: str) -> None:
-        self._body = CheckpointedExecutor([block.nodes for block in blocks[:-1]])
-        self._head = TorchExecutor(blocks[-1].nodes)
+    def __init__(
+        self,
+        blocks: Sequence[Segment],
+        feeds: Sequence[Feeds],
+        logits: str,
+        device: torch.device = _MAIN_MEMORY,
+    ) -> None:
+        self._body = CheckpointedExecutor([block.nodes for block in blocks[:-1]], device=device)
+        self._head = TorchExecutor(blocks[-1].nodes, device=device)
         self._takes = [name_of(value) for value in blocks[-1].takes]
         self._feeds = feeds
         self._logits = logits
@@ -127,11 +146,14 @@ class Student:
         learned: LearnedTensors,
         logits: str,
         dtype: torch.dtype,
+        device: torch.device = _MAIN_MEMORY,
     ) -> None:
-        self._executor = CheckpointedExecutor([block.nodes for block in blocks], dtype=dtype)
+        nodes = [block.nodes for block in blocks]
+        self._executor = CheckpointedExecutor(nodes, dtype=dtype, device=device)
         self._fixed: dict[str, Tensor] = {}
         for block in blocks:
             fixed = quantized_constants(block, table, but=learned.weights)
+            fixed = {name: tensor.to(device) for name, tensor in fixed.items()}
             self._fixed |= {n: t.to(dtype) if t.dim() > 1 else t for n, t in fixed.items()}
         self._learned = learned
         self._logits = logits
@@ -167,7 +189,8 @@ class _PredictionLoss(torch.autograd.Function):
         of_kl = distillation / count if tokens is not None else 1.0 / count
         of_entropy = (1.0 - distillation) / max(count - 1, 1) if tokens is not None else 0.0
         ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float64)
+        device = student.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, count, _ROWS):
             rows = slice(start, start + _ROWS)
             found = log_softmax(student[rows].float(), dim=-1)
@@ -176,17 +199,17 @@ class _PredictionLoss(torch.autograd.Function):
             total += of_kl * torch.dot(truth.sub_(found).view(-1), likely.view(-1))
             right = tokens[start + 1 : start + _ROWS + 1] if tokens is not None else None
             if right is not None:
-                total -= of_entropy * found[torch.arange(len(right)), right].sum()
+                total -= of_entropy * found[torch.arange(len(right), device=device), right].sum()
             if ctx.gradient is None:
                 continue
             slope = found.exp_()
             if right is None:
                 ctx.gradient[rows] = slope.sub_(likely).mul_(of_kl)
                 continue
-            part = torch.full((len(slope), 1), of_kl + of_entropy)
+            part = torch.full((len(slope), 1), of_kl + of_entropy, device=device)
             part[len(right) :] = of_kl  # nothing follows the last token
             slope.mul_(part).sub_(likely, alpha=of_kl)
-            slope[torch.arange(len(right)), right] -= of_entropy
+            slope[torch.arange(len(right), device=device), right] -= of_entropy
             ctx.gradient[rows] = slope
         return total.float()
 
@@ -209,7 +232,7 @@ def prediction_loss(
     loss: Tensor = _PredictionLoss.apply(  # type: ignore[no-untyped-call]
         student.reshape(-1, vocabulary),
         teacher.reshape(-1, vocabulary),
-        None if tokens is None else tokens.reshape(-1),
+        None if tokens is None else tokens.reshape(-1).to(student.device),
         distillation,
     )
     return loss
@@ -258,8 +281,10 @@ class _Trainer:
         keep_freed_memory()
         self._options, self._learned, self._feeds = options, learned, feeds
         self._record, self._tell = record, tell
-        self._teacher = Teacher(blocks, feeds, options.logits)
-        self._student = Student(blocks, table, learned, options.logits, options.dtype)
+        logits, device = options.logits, options.device
+        learned.move(device)
+        self._teacher = Teacher(blocks, feeds, logits, device)
+        self._student = Student(blocks, table, learned, logits, options.dtype, device)
         held = min(_MOST_HELD, max(1, len(feeds) // 16)) if len(feeds) > 1 else 0
         self._count = len(feeds) - held
         self._held = range(self._count, len(feeds)) if held else range(len(feeds))
@@ -414,7 +439,8 @@ def _set_moments(optimizers: Sequence[torch.optim.Optimizer], state: State) -> N
             for key in [key for key in state if key.startswith(prefix)]:
                 name = key.removeprefix(prefix)
                 alone = name == "step"  # a number of its own, whatever the parameter's shape
-                tensor = torch.zeros(()) if alone else torch.zeros_like(parameter)
+                where = parameter.device
+                tensor = torch.zeros((), device=where) if alone else torch.zeros_like(parameter)
                 processes.fill(tensor, state[key])
                 optimizer.state[parameter][name] = tensor
 

@@ -88,11 +88,11 @@ def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def fake_quantized(x: Tensor, encoding: Encoding) -> Tensor:
     """x̂ of a tensor under a fixed encoding; the gradient passes within the range."""
-    scale = torch.from_numpy(np.array(encoding.scale))
-    zero = torch.from_numpy(encoding.zero_point.astype(np.float32))
+    scale = torch.from_numpy(np.array(encoding.scale)).to(x.device)
+    zero = torch.from_numpy(encoding.zero_point.astype(np.float32)).to(x.device)
     scale, zero = (_broadcast_to(x, part, encoding.spec) for part in (scale, zero))
     multiples = _multiples(encoding)
-    scale = scale if multiples is None else scale * multiples
+    scale = scale if multiples is None else scale * multiples.to(x.device)
     low, high = encoding.spec.q_min, encoding.spec.q_max
     return _applied(FakeQuantize, x, scale, zero, low, high)
 
@@ -193,8 +193,8 @@ class Quantizer(torch.nn.Module):
 
     def encoding(self) -> Encoding:
         """The encoding as it stands."""
-        zero = self.zero_point.detach().round().clamp(self.spec.q_min, self.spec.q_max)
-        scale = self.scale.detach().numpy()
+        zero = whole(self.zero_point).round().clamp(self.spec.q_min, self.spec.q_max)
+        scale = whole(self.scale).numpy()
         return Encoding(self.spec, np.array(scale), np.array(zero.numpy(), np.int32))
 
 
@@ -258,7 +258,7 @@ class LearnedRounding(torch.nn.Module):
 
     def codes(self) -> tuple[Encoding, NDArray[Any]]:
         """Encoding and codes as they stand."""
-        scale = (self._first * torch.exp(whole(self.step))).numpy()
+        scale = (whole(self._first) * torch.exp(whole(self.step))).numpy()
         low, high = self.spec.q_min, self.spec.q_max
         nearest = whole(self.latent).round().clamp_(low, high).to(torch.int8).numpy()
         return replace(self._encoding, scale=np.array(scale)), nearest.astype(self.spec.code_dtype)

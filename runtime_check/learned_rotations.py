@@ -66,7 +66,8 @@ class LearnedRotations(torch.nn.Module):
     def turned(self, weight: str, real: Tensor) -> Tensor:
         """A weight, rotated; a gradient flows to the matrices."""
         for turn in self._turns.get(weight, ()):
-            real = _turned(real, turn, self.matrices[turn.rotation])
+            matrix = self.matrices[turn.rotation]
+            real = _turned(real.to(matrix.device), turn, matrix)
         return real
 
     def weight(self, name: str) -> Tensor | None:
@@ -145,6 +146,6 @@ def _turned(real: Tensor, turn: _Turn, matrix: Tensor) -> Tensor:
 
 def _nearest_rotation(matrix: Tensor) -> NDArray[np.float64]:
     """The orthogonal matrix next to one that is orthogonal but for float32 rounding (polar)."""
-    left, _, right = np.linalg.svd(matrix.detach().numpy().astype(np.float64))
+    left, _, right = np.linalg.svd(matrix.detach().cpu().numpy().astype(np.float64))
     nearest: NDArray[np.float64] = left @ right
     return nearest

@@ -87,6 +87,11 @@ class LearnedTensors(abc.ABC):
         """Those whose parameters are worth sharing out between processes."""
         yield from ()
 
+    def move(self, device: torch.device) -> None:
+        """To where it is learned; a caller takes parameters afterwards."""
+        for _, module in self.modules():
+            module.to(device)
+
     def all_parameters(self) -> list[torch.nn.Parameter]:
         """Of every kind."""
         return [parameter for kind in self.parameters().values() for parameter in kind]
@@ -204,6 +209,10 @@ class LearnedScales(LearnedTensors):
         self._quantizers = {name: Quantizer(table[name], relative=False) for name in reals}
         self._reals = {name: torch.from_numpy(np.asarray(real)) for name, real in reals.items()}
         self.weights = {*reals, *rotations.weights}
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        self._reals = {name: real.to(device) for name, real in self._reals.items()}
 
     def weight(self, name: str) -> Tensor | None:
         if name not in self._quantizers:

@@ -1,9 +1,10 @@
-"""More than one process at one piece of learning, as torchrun starts them."""
+"""More than one process at one piece of work, as torchrun starts them."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qnpu.compiler.process import process_count, process_index
+
+T = TypeVar("T")
 
 
 def join() -> None:
@@ -36,9 +39,29 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def own_share(items: Sequence[int]) -> Sequence[int]:
-    """What of a step's work is this process's."""
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """What of all work is this process's."""
     return items[process_index() :: process_count()]
+
+
+def agreed(value: T) -> T:
+    """What the first process has, which all get."""
+    if process_count() == 1:
+        return value
+    join()
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def gathered(share: Mapping[str, T]) -> dict[str, T]:
+    """The shares of all processes in one."""
+    if process_count() == 1:
+        return dict(share)
+    join()
+    shares: list[Mapping[str, T]] = [{}] * process_count()
+    dist.all_gather_object(shares, share)
+    return {name: value for each in shares for name, value in each.items()}
 
 
 def shard(modules: Iterable[torch.nn.Module]) -> None:
@@ -81,9 +104,9 @@ def mean_of(value: float) -> float:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a parameter or moment; every process has to ask for it at the same time."""
+    """All of a parameter or moment, in main memory; every process has to ask at the same time."""
     data = tensor.detach()
-    return data.full_tensor() if isinstance(data, DTensor) else data
+    return (data.full_tensor() if isinstance(data, DTensor) else data).cpu()
 
 
 def fill(tensor: Tensor, array: NDArray[np.generic]) -> None:

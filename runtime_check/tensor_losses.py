@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from qnpu.compiler.bit_choices import WeightBits
 from qnpu.compiler.bit_options import BitOptions, Option, Plan, cache_key, group_key
 from qnpu.compiler.pass_base import ProgressCallback
+from qnpu.runtime_check import processes
 from qnpu.runtime_check.bit_changes import WIDE, BitChanges, joined
 from qnpu.runtime_check.bit_losses import Change, LossMeter, Measure, Together
 from qnpu.runtime_check.loss_record import LossRecord
@@ -101,13 +102,16 @@ class TensorLosses:
         return wide
 
     def _each(self, changes: Sequence[Change]) -> dict[str, float]:
+        """Of several processes each measures a share of what the first does not know."""
         keys = {change.name: f"{self._measure.value} {change.name}" for change in changes}
-        known = {name: self._record.get(key) for name, key in keys.items()}
-        missing = [change for change in changes if known[change.name] is None]
-        for name, loss in self._meter.each(missing, self._measure, progress=self._progress):
+        read = {name: self._record.get(key) for name, key in keys.items()}
+        known = processes.agreed({name: loss for name, loss in read.items() if loss is not None})
+        share = processes.own_share([change for change in changes if change.name not in known])
+        found: dict[str, float] = {}
+        for name, loss in self._meter.each(share, self._measure, progress=self._progress):
             self._record.add(keys[name], loss)
-            known[name] = loss
-        return {name: loss for name, loss in known.items() if loss is not None}
+            found[name] = loss
+        return known | processes.gathered(found)
 
     def _scaled(self, few: Sequence[Change], losses: Mapping[str, float]) -> dict[str, float]:
         """Losses of each kind and width times what makes their sum the KL of all at once."""

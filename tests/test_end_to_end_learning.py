@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.encodings import EncodingTable
@@ -40,6 +43,16 @@ REPEATED = TokenWindows(np.tile(np.random.default_rng(7).integers(0, 257, (2, LE
 
 def learn(compilation: Compilation, weights: str = "codes", steps: int = STEPS) -> int:
     return LearnScales(WINDOWS, "end-to-end", weights, steps=steps).run(compilation)
+
+
+def learner(compilation: Compilation, weights: str = "codes") -> LearnedCodes | LearnedScales:
+    graph, table = compilation.graph, compilation.encodings
+    activations, names = LearnScales(WINDOWS, "end-to-end", weights).names(cut_blocks(graph), table)
+    arrays = {name: constant_array(graph.initializers[name]) for name in names}
+    reals = {name: array for name, array in arrays.items() if array is not None}
+    if weights == "codes":
+        return LearnedCodes(table, activations, reals)
+    return LearnedScales(table, activations, reals, LearnedRotations(graph))
 
 
 def test_the_loss_is_its_formula() -> None:
@@ -110,9 +123,7 @@ def test_losses_fall() -> None:
     compilation = rounded()
     blocks, table = cut_blocks(compilation.graph), compilation.encodings
     feeds = REPEATED.feeds(compilation.graph.inputs)
-    names = LearnScales(REPEATED, "end-to-end").names(blocks, table)
-    reals = {name: constant_array(compilation.graph.initializers[name]) for name in names[1]}
-    learned = LearnedCodes(table, names[0], {n: a for n, a in reals.items() if a is not None})
+    learned = learner(compilation)
     rates = {"latent": 1e-3, "weight_step": 1e-3, "step": 2e-3, "zero_point": 0.02}
     options = EndToEndOptions("logits", STEPS, 2, rates=rates, checks=4)
     checks = list(learn_end_to_end(blocks, table, feeds, learned, options))
@@ -183,22 +194,19 @@ def test_rotations_learn_and_stay_rotations() -> None:
         compilation.encodings[name] = compilation.encodings[name]  # nearest codes again
     graph, table = compilation.graph, compilation.encodings
     blocks, feeds = cut_blocks(graph), WINDOWS.feeds(graph.inputs)
-    activations, weights = LearnScales(WINDOWS, "end-to-end", "rotations").names(blocks, table)
-    reals = {name: constant_array(graph.initializers[name]) for name in weights}
-    rotations = LearnedRotations(graph)
-    learned = LearnedScales(
-        table, activations, {n: a for n, a in reals.items() if a is not None}, rotations
-    )
+    learned = learner(compilation, "rotations")
+    assert isinstance(learned, LearnedScales)
+    matrices = learned.rotations.matrices
     options = EndToEndOptions("logits", STEPS, local_share=0.25)
     worst: list[float] = []
 
     def look(step: int, loss: float) -> None:
-        worst.append(max(orthogonality_error(matrix) for matrix in rotations.matrices.values()))
+        worst.append(max(orthogonality_error(matrix) for matrix in matrices.values()))
 
     checks = list(learn_end_to_end(blocks, table, feeds, learned, options, None, look))
     assert checks[-1].best < 0.98 * checks[0].loss
     assert max(worst) <= 1e-5
-    for matrix in rotations.matrices.values():
+    for matrix in matrices.values():
         assert float((matrix - torch.eye(len(matrix))).detach().abs().max()) > 1e-3
 
 
@@ -233,6 +241,47 @@ def test_a_graph_without_a_prediction_is_told() -> None:
     with pytest.raises(DiagnosticError) as error:
         learn(compilation)
     assert [diagnostic.code for diagnostic in error.value.diagnostics] == ["QN309"]
+
+
+class OneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what a GPU does: operands in two places, but for single numbers and indices."""
+
+    MOVES = (torch.ops.aten._to_copy, torch.ops.aten.index, torch.ops.aten.index_put_)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+        places = {tensor.device.type for tensor in tensors if tensor.dim()}
+        assert len(places) < 2 or func.overloadpacket in self.MOVES, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weights", ["codes", "rotations"])
+def test_all_that_learns_meets_the_data_on_a_device(weights: str) -> None:
+    """Of a whole step, on the meta device, which computes nothing."""
+    compilation, device = rounded(), torch.device("meta")
+    table, blocks = compilation.encodings, cut_blocks(compilation.graph)
+    learned = learner(compilation, weights)
+    learned.move(device)
+    assert {parameter.device.type for parameter in learned.all_parameters()} == {"meta"}
+    feeds = list(WINDOWS.feeds(compilation.graph.inputs))
+    tokens = torch.from_numpy(feeds[0]["input_ids"])
+    student = Student(blocks, table, learned, "logits", torch.bfloat16, device)
+    teacher = Teacher(blocks, feeds, "logits", device)
+    with OneDevice():  # type: ignore[no-untyped-call]
+        loss = prediction_loss(student.logits(feeds[0]), teacher.logits(0), tokens, 0.9)
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.device.type == "meta"
+    gradients = [parameter.grad for parameter in learned.all_parameters()]
+    assert {g.device.type for g in gradients if g is not None} == {"meta"}
+    assert sum(g is not None for g in gradients) > len(gradients) / 2
+
+
+def test_auto_takes_what_there_is() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert end_to_end_learning.working_device("auto").type == expected
+    assert end_to_end_learning.working_device("cpu").type == "cpu"
 
 
 def test_a_narrow_type_learns_the_same_within_its_precision() -> None:

@@ -68,6 +68,45 @@ def test_two_processes_learn_what_one_does(
     )
 
 
+def test_two_processes_find_the_plan_that_one_does(tiny_file: Path, tmp_path: Path) -> None:
+    """Each measures some of the tensors; sums are of the same numbers, and the plan is the same."""
+    scheme = ("--scheme", "auto", "--budget", "ppl=1.5", "--target", "qnn-htp-v75")
+    learn = ("--learn", "end-to-end", "--learn-batch", "2", "--learn-steps", "1")
+    few = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "12", "--quiet")
+    work = (BIN / "qnpu-compile", tiny_file, *scheme, *learn, *few)
+    one = call(*work, "--losses", "one", "--out", "alone", folder=tmp_path, OMP_NUM_THREADS="1")
+    assert one.exit_code == 0, one.stderr
+    together = (*TWO, PLACE, *work, "--losses", "two", "--out", "together")
+    two = call(*together, folder=tmp_path, OMP_NUM_THREADS="1")
+    assert two.exit_code == 0, two.stderr
+    measured = [losses(tmp_path / folder) for folder in ("one", "two")]
+    assert measured[0].keys() == measured[1].keys()
+    singles = [key for key in measured[0] if key.startswith("kl ")]
+    assert len(singles) > 10
+    for key in singles:
+        assert len(measured[0][key]) == len(measured[1][key]) == 1  # none twice
+        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-4)
+    plans = [(tmp_path / folder / "bit_plan.json").read_bytes() for folder in ("alone", "together")]
+    assert plans[0] == plans[1]
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    """What was measured, by key, as often as it was."""
+    found: dict[str, list[float]] = {}
+    (file,) = folder.iterdir()
+    for line in file.read_text().splitlines():
+        key, number = json.loads(line)
+        found.setdefault(key, []).append(number)
+    return found
+
+
+def test_processes_learn_on_processors(tiny_file: Path, tmp_path: Path) -> None:
+    options = ("--learn", "end-to-end", "--learn-batch", "2", "--learn-device", "auto")
+    work = (tiny_file, *options, "--out", "out")
+    done = call("qnpu-compile", *work, folder=tmp_path, WORLD_SIZE="2", RANK="0")
+    assert done.codes == ["QN503"] and "learn_device" in done.stderr
+
+
 def test_processes_share_end_to_end_learning_alone(tiny_file: Path, tmp_path: Path) -> None:
     for learn, batch in (("blockwise", "2"), ("end-to-end", "3")):
         options = ("--learn", learn, "--learn-batch", batch, "--out", "out")
