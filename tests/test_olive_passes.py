@@ -77,7 +77,8 @@ def test_a_recipe(ours: ModuleType, home: Path) -> None:
         command = [sys.executable, "-m", MODULE]
         subprocess.run(command, stdout=file, check=True, cwd=home, env=os.environ | {"CI": "1"})
     rotation = ["canonicalize", "fuse-normalization", "fold-norm-scale", "fuse-rotation[seed=3]"]
-    compiling = {"type": "QnpuCompile", "rotate": False, "target": "qnn-htp-v75", **OPTIONS}
+    chosen = OPTIONS | {"target": "qnn-htp-v75"}
+    compiling = {"type": "QnpuCompile", "rotate": False, **chosen}
     recipe = {
         "input_model": {"type": "OnnxModel", "model_path": "model.onnx"},
         "passes": {
@@ -94,7 +95,7 @@ def test_a_recipe(ours: ModuleType, home: Path) -> None:
     assert done.exit_code == 0, done.stderr
     model = load_onnx(home / "out" / "model.qdq.onnx")
     assert is_quantized(model.graph)
-    config = CompileConfig(**OPTIONS | {"tokenizer": str(home / "tokenizer.json"), "seed": 3})
+    config = CompileConfig(**chosen | {"tokenizer": str(home / "tokenizer.json"), "seed": 3})
     expected = compile_model(load_onnx(home / "model.onnx"), config)
     feeds = some_tokens(model)
     # Measured: equal, bit for bit.
