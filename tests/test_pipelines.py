@@ -70,7 +70,7 @@ def items(model: ir.Model) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("tool", [onnxscripts, onnxruntimes])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3"])
 def test_a_graph_that_another_tool_optimized(architecture: str, tool: Tool, tmp_path: Path) -> None:
     untouched = exported(architecture, "optimum")
     model = tool(exported(architecture, "optimum"), tmp_path)
