@@ -49,8 +49,9 @@ class Mode(enum.Enum):
 
 
 def session_options(mode: Mode) -> ort.SessionOptions:
-    """Options of a mode; threads are left to ONNX Runtime, which takes one per core."""
+    """Options of a mode; a thread per core, or as many as OMP_NUM_THREADS says, as for torch."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = _wanted_threads()
     options.log_severity_level = 4  # a failure is raised as well, no need to print it too
     if mode is Mode.STOCK:
         return options
@@ -63,6 +64,12 @@ def session_options(mode: Mode) -> ort.SessionOptions:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+def _wanted_threads() -> int:
+    """What OMP_NUM_THREADS asks for at the outermost level; 0: one per core."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(int(first), os.cpu_count() or 1) if first.isdecimal() else 0
 
 
 def open_session(

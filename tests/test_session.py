@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,28 @@ def test_options_of_the_modes() -> None:
         assert entry == "1"
     with pytest.raises(RuntimeError):  # as it comes: nothing is set
         stock.get_session_config_entry("session.x64quantprecision")
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize(
+    ("asked", "threads"),
+    [
+        (None, 0),
+        ("1", 1),
+        ("1,4", 1),
+        ("", 0),
+        ("0", 0),
+        ("many", 0),
+        ("10000000000", os.cpu_count()),
+    ],
+)
+def test_as_many_threads_as_asked_for(
+    mode: Mode, asked: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert session_options(mode).intra_op_num_threads == threads
 
 
 def test_reference_runs_node_by_node(tmp_path: Path) -> None:
