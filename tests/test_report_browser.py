@@ -36,7 +36,7 @@ WIDTHS = (390, 1440)
 SCHEMES = ("light", "dark")
 LEAST_CONTRAST = 4.5
 HEAT_MAP = "chart-bits"
-CHARTS = 10
+CHARTS = 11
 IMAGES = ("img", "image")
 
 # Text against the nearest background that is not transparent, as WCAG 2 computes it.
