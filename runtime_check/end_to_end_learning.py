@@ -101,14 +101,14 @@ def working_device(name: str) -> torch.device:
 
 def working_type(name: str, device: torch.device = _MAIN_MEMORY) -> torch.dtype:
     """The type of a name; ``auto``: bfloat16 where the device multiplies it faster."""
-    if name == "auto" and device.type == "cuda":
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    if name == "auto":
-        fast = bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags()))
-        return torch.bfloat16 if fast else torch.float32
-    found: torch.dtype = getattr(torch, name)
-    return found
+    else:
+        fast = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags())
+    return torch.bfloat16 if fast else torch.float32
 
 
 class Teacher:
