@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx_ir as ir
+import onnxruntime as ort
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +34,7 @@ from qnpu.compiler.rules import InvalidConfig, NoCalibrationData
 from qnpu.models.load import load_onnx, load_tokenizer, resolve
 from qnpu.models.tokenizer import Tokenizer
 from qnpu.passes.freeze_shapes import FreezeShapes
+from qnpu.runtime_check.decoded_constants import decode_constants
 from qnpu.runtime_check.perplexity import measure_perplexity
 from qnpu.runtime_check.session import Mode, open_session
 from qnpu.runtime_check.zero_shot import (
@@ -160,6 +163,17 @@ class _Source:
     def words(self) -> Tokenizer | None:
         return load_tokenizer(self.tokenizer or resolve(str(self.path)))
 
+    def open(self, model: ir.Model, *, changed: bool) -> ort.InferenceSession:
+        """A session of a model that was loaded from the file; it is changed.
+
+        Args:
+            model: see above.
+            changed: whether the file holds something else.
+        """
+        if self.mode is Mode.REFERENCE and decode_constants(model):
+            return open_session(model, self.mode, pack=False)
+        return open_session(model if changed else self.path, self.mode)
+
 
 def _perplexity(
     source: _Source, text: str, windows: int, settings: CompileConfig, progress: ProgressCallback
@@ -173,8 +187,7 @@ def _perplexity(
         text, "evaluation", source.words(), settings.seq_len, windows or None, settings.bos
     )
     feeds = data.feeds(model.graph.inputs)
-    changed = frozen or model is not loaded
-    session = open_session(model if changed else source.path, source.mode)
+    session = source.open(model, changed=bool(frozen) or model is not loaded)
     del model, loaded
     measured = measure_perplexity(session, feeds, logits_name=LOGITS, progress=progress)
     return {
@@ -215,7 +228,7 @@ def _zero_shot(
         raise DiagnosticError(InvalidConfig("--window", f"the graph takes {static} tokens").at())
     longest = static or settings.seq_len
     windows = item_windows(items, words, longest, bos=bos, file=str(data))
-    session = open_session(source.path if model is loaded else model, source.mode)
+    session = source.open(model, changed=model is not loaded)
     del model, loaded
     graph = TokenGraph(session, inputs, LOGITS)
     scored = score_items(graph, items, windows, progress=progress)

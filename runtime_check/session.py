@@ -76,6 +76,8 @@ def open_session(
     model: Path | onnx.ModelProto | ir.Model,
     mode: Mode = Mode.REFERENCE,
     weights: Mapping[str, ir.TensorProtocol] = MappingProxyType({}),
+    *,
+    pack: bool = True,
 ) -> ort.InferenceSession:
     """Opens a CPU session.
 
@@ -85,12 +87,15 @@ def open_session(
         mode: see ``Mode``.
         weights: of a model in memory, initializers that it only names, of whole bytes. They go
             through a temporary file, which ONNX Runtime maps.
+        pack: let kernels order initializers anew, once; sums then have another order as well.
 
     Raises:
         DiagnosticError: QN116 where ONNX Runtime refuses the graph, QN403 where it would multiply
             wrongly on this CPU, QN119 the mark of its CPU is none.
     """
     options = session_options(mode)
+    if not pack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         if isinstance(model, Path):
             session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

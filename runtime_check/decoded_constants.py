@@ -1,0 +1,128 @@
+"""What a graph decodes of constants alone, decoded once instead of in every run.
+
+Node by node, ONNX Runtime decodes each weight of a Q/DQ graph anew in each run, which takes as long
+as the products of a hundred tokens. Asked beforehand, the same kernels give the same values.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import onnx
+import onnx_ir as ir
+import psutil
+
+from qnpu.compiler.graph_edit import (
+    name_of,
+    register_tensor,
+    replace_value,
+    static_shape,
+    subgraph_proto,
+    unique_initializer_name,
+)
+from qnpu.compiler.op_traits import is_standard
+from qnpu.runtime_check.session import Mode, open_session, run
+
+_DRAWN = ("Bernoulli", "Multinomial", "RandomNormal", "RandomUniform")
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_SHARE = 0.5  # of free memory, for all values together
+
+
+def decode_constants(model: ir.Model) -> int:
+    """Puts initializers in the place of decoded constants and of what is computed of them alone.
+
+    A value is computed when it is read, and not kept. Nothing changes where all of them would take
+    more than half of the free memory; nor does a node whose results have no known type.
+
+    Args:
+        model: changed in place; to be run node by node, not to be handed out. Its session must not
+            pack initializers, as it does not pack decoded values: sums would have another order.
+
+    Returns:
+        How many values.
+    """
+    graph = model.graph
+    known: dict[ir.Node, int] = {}  # and places in the graph's order, which is topological
+    for node in graph:
+        if _is_constant(node, known):
+            known[node] = len(known)
+    ends = [value for node in known for value in node.outputs if _leads_out(value, known)]
+    if sum(map(_bytes, ends)) > _SHARE * psutil.virtual_memory().available:
+        return 0
+    for value in ends:
+        nodes = sorted(_behind(value), key=known.__getitem__)
+        name = unique_initializer_name(graph, f"{name_of(value)}_decoded")
+        tensor = _tensor(name, nodes, value, model)
+        replace_value(graph, value, register_tensor(graph, tensor))
+    sources = {value for node in known for value in node.inputs if value is not None}
+    for node in reversed(known):
+        graph.remove(node, safe=True)
+    for value in sources:
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            del graph.initializers[name_of(value)]
+    return len(ends)
+
+
+def _is_constant(node: ir.Node, known: dict[ir.Node, int]) -> bool:
+    """Whether it decodes constants, or reads decoded ones, and nothing that a run is given."""
+    if not is_standard(node) or node.op_type.startswith(_DRAWN):
+        return False
+    if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+        return False
+    read = [value for value in node.inputs if value is not None]
+    decoded = [value.producer() in known for value in read]
+    fixed = [value.is_initializer() and not value.is_graph_input() for value in read]
+    if not all(map(max, decoded, fixed)):
+        return False
+    if node.op_type == "DequantizeLinear":
+        _type_of_decoded(node)
+    elif not any(decoded):
+        return False
+    return all(
+        not value.is_graph_output() and value.dtype is not None and static_shape(value) is not None
+        for value in node.outputs
+    )
+
+
+def _type_of_decoded(node: ir.Node) -> None:
+    """Files of other tools do not always tell types within a graph."""
+    codes, scale, value = node.inputs[0], node.inputs[1], node.outputs[0]
+    if codes is not None and scale is not None and value.type is None and scale.type is not None:
+        kind = node.attributes.get_int("output_dtype", scale.type.dtype.value)
+        value.type, value.shape = ir.TensorType(ir.DataType(kind)), codes.shape
+
+
+def _leads_out(value: ir.Value, known: dict[ir.Node, int]) -> bool:
+    return any(use.node not in known for use in value.uses())
+
+
+def _bytes(value: ir.Value) -> int:
+    bits = value.dtype.bitwidth if value.dtype is not None else 0
+    return prod(static_shape(value) or ()) * bits // 8
+
+
+def _behind(value: ir.Value) -> set[ir.Node]:
+    """All nodes that a value is computed by."""
+    found: set[ir.Node] = set()
+    pending = [value.producer()]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            pending += [item.producer() for item in node.inputs if item is not None]
+    return found
+
+
+def _tensor(name: str, nodes: list[ir.Node], value: ir.Value, model: ir.Model) -> ir.TensorProtocol:
+    """What nodes make of constants, computed each time it is read."""
+    codes: dict[str, ir.TensorProtocol] = {}
+    proto = subgraph_proto(nodes, [], [value], model, codes)
+
+    def computed() -> ir.TensorProtocol:
+        graph = onnx.ModelProto()
+        graph.CopyFrom(proto)
+        return ir.tensor(run(open_session(graph, Mode.REFERENCE, codes), None, {})[0], name=name)
+
+    if value.dtype is None or value.shape is None:
+        raise ValueError(f"{value.name} has no type")
+    return ir.LazyTensor(computed, dtype=value.dtype, shape=value.shape, name=name)
