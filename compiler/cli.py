@@ -30,6 +30,7 @@ from qnpu.compiler.console import (
     DebugOption,
     JsonOption,
     QuietOption,
+    VersionOption,
     application,
     command,
     error_console,
@@ -367,6 +368,7 @@ def _compile(
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    version: VersionOption = False,
 ) -> None:
     """Compile a float language model into a fully static QDQ file.
 
@@ -758,6 +760,7 @@ def _export(
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    version: VersionOption = False,
 ) -> None:
     """Export a torch model to float ONNX, with its tokenizer beside it."""
     started = time.perf_counter()

@@ -17,6 +17,7 @@ from qnpu.compiler.console import (
     EXIT_FAULT,
     EXIT_USAGE,
     DebugOption,
+    VersionOption,
     application,
     command,
     error_console,
@@ -105,6 +106,7 @@ def _check(
     ] = CheckFormat.TEXT,
     json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     debug: DebugOption = False,
+    version: VersionOption = False,
 ) -> None:
     """Check an ONNX file. Exit code 0: no error; 1: errors, all listed; 2: wrong use."""
     if explain is not None:

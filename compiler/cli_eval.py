@@ -19,6 +19,7 @@ from qnpu.compiler.console import (
     DebugOption,
     JsonOption,
     QuietOption,
+    VersionOption,
     application,
     command,
     peak_rss_bytes,
@@ -95,12 +96,13 @@ def _evaluate(
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    version: VersionOption = False,
 ) -> None:
     """Measure perplexity: exp(mean NLL of all but the first token of each window).
 
     With --task, how many of a task's questions the model answers right.
     """
-    del debug  # for the decorator
+    del debug, version  # for the decorator, and for what comes before
     started = time.perf_counter()
     settings = CompileConfig(seq_len=window or _DEFAULTS.seq_len, bos=bos)
     if mode not in [m.value for m in Mode]:

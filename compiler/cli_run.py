@@ -14,6 +14,7 @@ from qnpu.compiler.console import (
     DebugOption,
     JsonOption,
     QuietOption,
+    VersionOption,
     application,
     command,
     error_console,
@@ -49,12 +50,13 @@ def _run(
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    version: VersionOption = False,
 ) -> None:
     """Generate text with the integer graphs alone, always the most likely token.
 
     The text goes to standard output as it comes, tokens per second to standard error.
     """
-    del debug  # for the decorator
+    del debug, version  # for the decorator, and for what comes before
     paths = model / PREFILL_NAME, model / DECODE_NAME
     prefill, decode = (load_onnx(path) for path in paths)
     words = load_tokenizer(tokenizer or paths[1])

@@ -7,12 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from qnpu.compiler.cli import compile_app, export_app
+from qnpu.compiler.cli_check import check_app
+from qnpu.compiler.cli_eval import eval_app
+from qnpu.compiler.cli_run import run_app
 from qnpu.compiler.output import save_model
 from qnpu.compiler.rules import all_rules
 from qnpu.models.load import load_onnx
@@ -59,6 +65,12 @@ def test_help_shows_examples_in_reasonable_time(command: str, tmp_path: Path) ->
     assert "Examples" in done.stdout
     assert f"$ {command} " in done.stdout
     assert "--json" in done.stdout
+
+
+def test_version() -> None:
+    for app in (compile_app, export_app, eval_app, check_app, run_app):
+        done = CliRunner().invoke(app, ["--version"])  # ahead of what must be given
+        assert (done.exit_code, done.stdout) == (0, f"qnpu {metadata.version('qnpu')}\n")
 
 
 def test_help_needs_no_torch() -> None:
