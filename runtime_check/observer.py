@@ -13,6 +13,7 @@ from qnpu.compiler.quant_types import FloatArray, QuantSpec
 from qnpu.runtime_check.session import Array
 
 _CODES = 2**16
+_SUMMED = 2**16  # values at once: as float64 they stay in the cache
 _TAIL = 1e-5
 _LEAST_LEVEL = 2
 # Factors by which each end of the range is shrunk: 1, 0.93, 0.87 … 0.01.
@@ -147,16 +148,15 @@ class Observer:
         """Takes in one batch, float32. NaN makes ``low`` and ``high`` NaN."""
         if array.size == 0:
             return
-        import torch  # noqa: PLC0415  (takes a second, which --help need not wait for)
-
-        tensor = torch.from_numpy(array)
-        low, high = torch.aminmax(tensor)
-        self.low = float(np.minimum(self.low, low.item()))
-        self.high = float(np.maximum(self.high, high.item()))
+        self.low = float(np.minimum(self.low, array.min()))
+        self.high = float(np.maximum(self.high, array.max()))
         if self.method.needs_sums:
             self.count += array.size
-            self.total += tensor.sum(dtype=torch.float64).item()
-            self.total_square += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+            flat = array.reshape(-1)
+            for start in range(0, flat.size, _SUMMED):
+                part = flat[start : start + _SUMMED].astype(np.float64)
+                self.total += float(part.sum())
+                self.total_square += float(part @ part)
         if self.method.needs_histogram:
             if self.histogram.size == 0:
                 self.histogram = np.zeros(_CODES)
@@ -216,7 +216,9 @@ class Observer:
 
     def _mean_and_sigma(self) -> tuple[float, float]:
         mean = self.total / self.count
-        return mean, float(np.sqrt(max(self.total_square / self.count - mean**2, 0.0)))
+        variance = self.total_square / self.count - mean**2
+        # Values that float32 tells apart differ by more than what rounding leaves of equal ones.
+        return mean, float(np.sqrt(variance)) if variance > 2.0**-46 * mean**2 else 0.0
 
     def _sorted_bins(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Middle and count of each bin that is not empty, in ascending order."""
