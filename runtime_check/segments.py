@@ -1,9 +1,9 @@
 """Runs a graph a segment at a time, so that only one segment's activations are ever held.
 
 A segment is a run of nodes in topological order whose outputs fit a byte limit, about one decoder
-layer. All batches pass through a segment before the next one is opened; between segments only the
-few values that cross the cut are kept. Peak memory is one segment's weights and activations plus
-what crosses.
+layer, and whose weights fit another. All batches pass through a segment before the next one is
+opened; between segments only the few values that cross the cut are kept. Peak memory is one
+segment's weights and activations plus what crosses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from qnpu.compiler.rules import GraphDoesNotRun
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
 SEGMENT_BYTES = 64 * 2**20
+WEIGHT_BYTES = 256 * 2**20
 _CROSSING_BYTES = 16 * 2**20
-_MOST_LIMITS = 8
+_HALF, _MOST_LIMITS = 0.5, 8
 _MOST_NODES = 1000
 
 
@@ -57,40 +58,54 @@ class SegmentRun:
     values: dict[str, Array]
 
 
-def cut_segments(graph: ir.Graph, limit: int = SEGMENT_BYTES) -> list[Segment]:
+def cut_segments(
+    graph: ir.Graph, limit: int = SEGMENT_BYTES, weight_limit: int = WEIGHT_BYTES
+) -> list[Segment]:
     """Cuts a topologically sorted graph so that each segment's outputs fit ``limit`` bytes.
 
-    Between half the limit and the limit, the cut is where the fewest bytes cross: between decoder
-    layers rather than within an attention. What crosses is held for all batches, so a segment goes
-    past the limit, eightfold at most, rather than have more than 16 MiB cross (logits between
-    MatMul, QuantizeLinear and DequantizeLinear). A single node may exceed it. Behind 1,000 nodes it
-    is full whatever their outputs take: statistics of each hold half a megabyte until its end.
-    Dimensions that are not static count as one. A weight is dequantized in every segment that uses
-    it, rather than carried there as float. Codes of less than a byte never cross: NumPy cannot hold
-    what ONNX Runtime makes of them.
+    A segment is full as well where its weights, as decoded, would not fit ``weight_limit`` bytes,
+    or behind 1,000 nodes: statistics of each hold half a megabyte until its end.
+
+    Between half full and full, the cut is where the fewest bytes cross: between decoder layers
+    rather than within an attention. What crosses is held for all batches, so a segment goes past
+    its limits, eightfold at most, rather than have more than 16 MiB cross (logits between MatMul,
+    QuantizeLinear and DequantizeLinear). A single node may exceed them. Dimensions that are not
+    static count as one. A weight is dequantized in every segment that uses it, rather than carried
+    there as float. Codes of less than a byte never cross: NumPy cannot hold what ONNX Runtime makes
+    of them.
     """
     nodes = [node for node in graph if not _dequantizes_weight(node)]
     crossing = _crossing(nodes, _bytes)
     uncuttable = _crossing(nodes, _is_packed)
+    shares = [_shares(node, limit, weight_limit) for node in nodes]
     runs: list[list[ir.Node]] = []
     start = 0
     while start < len(nodes):
-        held, best = 0, start
+        held: tuple[float, ...] = (0.0, 0.0, 0.0)
+        best = start
         for index in range(start, len(nodes)):
-            held += sum(_bytes(v) for v in nodes[index].outputs)
-            count = index - start
-            full = held > limit or count > _MOST_NODES
-            full = full and crossing[best] <= _CROSSING_BYTES
-            if count and (full or held > limit * _MOST_LIMITS):
+            held = tuple(map(sum, zip(held, shares[index], strict=True)))
+            full = max(held)
+            if index > start and full > (1 if crossing[best] <= _CROSSING_BYTES else _MOST_LIMITS):
                 break
-            half = held <= limit // 2 and count <= _MOST_NODES // 2
-            if half or crossing[index] <= crossing[best]:
+            if full <= _HALF or crossing[index] <= crossing[best]:
                 best = index
         while uncuttable[best]:
             best += 1
         runs.append(nodes[start : best + 1])
         start = best + 1
     return segments_of(runs)
+
+
+def _shares(node: ir.Node, limit: int, weight_limit: int) -> tuple[float, ...]:
+    """How much of a segment a node fills: of its outputs, of its weights, of its nodes."""
+    made = sum(map(_bytes, node.outputs))
+    weighed = sum(_bytes(value) for value in node.inputs if value is not None and _is_fixed(value))
+    return made / max(limit, 1), weighed / max(weight_limit, 1), 1 / _MOST_NODES
+
+
+def _is_fixed(value: ir.Value) -> bool:
+    return value.is_initializer() or _dequantizes_weight(value.producer())
 
 
 def segments_of(runs: Sequence[list[ir.Node]]) -> list[Segment]:

@@ -206,6 +206,39 @@ def test_a_large_tensor_is_not_cut_off_from_its_use() -> None:
     assert len(segments) > 1
 
 
+@pytest.mark.parametrize("shape", ["", "[1, 4]"])
+def test_weights_fit_a_limit_of_their_own(shape: str) -> None:
+    """As decoded, and in a graph that does not tell the shapes of its values."""
+    model = parse(
+        f"""
+        g (float[1, 4] x) => (float{shape} y)
+        <float[4, 4] w = {{1, 0, 2, 0, 0, 1, 0, 2, 3, 0, 1, 0, 0, 3, 0, 1}}, float s = {{0.5}},
+         int8[4, 4] v = {{1, 0, 2, 0, 0, 1, 0, 2, 3, 0, 1, 0, 0, 3, 0, 1}}>
+        {{
+            a = MatMul(x, w)
+            b = MatMul(a, w)
+            f = DequantizeLinear(v, s)
+            c = MatMul(b, f)
+            d = MatMul(c, f)
+            y = Neg(d)
+        }}
+        """
+    )
+    if not shape:
+        for node in model.graph:
+            for value in node.outputs:
+                if node.op_type != "DequantizeLinear":
+                    value.shape = None
+
+    def cut(weight_limit: int) -> list[list[str | None]]:
+        segments = cut_segments(model.graph, 2**20, weight_limit)
+        return [[node.outputs[0].name for node in segment.nodes] for segment in segments]
+
+    assert cut(256) == [["f", "a", "b", "c", "d", "y"]]
+    assert cut(128) == [["a", "b"], ["f", "c", "d", "y"]]
+    assert cut(63) == [["a"], ["b"], ["f", "c"], ["f", "d"], ["y"]]
+
+
 def test_large_weights_of_any_layout() -> None:
     model = parse(
         """
