@@ -72,11 +72,11 @@ def cut_segments(
     QuantizeLinear and DequantizeLinear). A single node may exceed them. Dimensions that are not
     static count as one. A weight is dequantized in every segment that uses it, rather than carried
     there as float. Codes of less than a byte never cross: NumPy cannot hold what ONNX Runtime makes
-    of them.
+    of them. Nor does a value whose type the graph does not tell.
     """
     nodes = [node for node in graph if not _dequantizes_weight(node)]
     crossing = _crossing(nodes, _bytes)
-    uncuttable = _crossing(nodes, _is_packed)
+    uncuttable = _crossing(nodes, _cannot_cross)
     shares = [_shares(node, limit, weight_limit) for node in nodes]
     runs: list[list[ir.Node]] = []
     start = 0
@@ -160,9 +160,9 @@ def _bytes(value: ir.Value) -> int:
     return prod(dims) * bits // 8
 
 
-def _is_packed(value: ir.Value) -> int:
-    """1 where several codes share a byte, else 0."""
-    return int(value.dtype is not None and value.dtype.bitwidth < 8)
+def _cannot_cross(value: ir.Value) -> int:
+    """1 where several codes share a byte, or where an input of its type cannot be made, else 0."""
+    return int(value.dtype is None or value.dtype.bitwidth < 8)
 
 
 def _check_memory(graph: ir.Graph) -> None:

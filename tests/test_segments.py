@@ -239,6 +239,21 @@ def test_weights_fit_a_limit_of_their_own(shape: str) -> None:
     assert cut(63) == [["a"], ["b"], ["f", "c"], ["f", "d"], ["y"]]
 
 
+def test_a_value_of_unknown_type_does_not_cross() -> None:
+    model = parse(GRAPH)
+    for value in (v for node in model.graph for v in node.outputs if v.name in ("a", "c", "d")):
+        value.type = None
+    x = normal(4, 4)
+    runner = SegmentRunner(model, [{"x": x}], 1)
+    found = {name: a for step in runner.stream({"y", "b"}) for name, a in step.values.items()}
+    taken = {name_of(value) for segment in runner.segments for value in segment.takes}
+    assert len(runner.segments) > 2
+    assert taken.isdisjoint({"a", "c", "d"})
+    for name, array in whole(parse(GRAPH), {"x": x}).items():
+        if name in found:
+            np.testing.assert_array_equal(found[name], array)
+
+
 def test_large_weights_of_any_layout() -> None:
     model = parse(
         """
