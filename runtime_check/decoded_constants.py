@@ -70,13 +70,12 @@ def _is_constant(node: ir.Node, known: dict[ir.Node, int]) -> bool:
     if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
         return False
     read = [value for value in node.inputs if value is not None]
-    decoded = [value.producer() in known for value in read]
-    fixed = [value.is_initializer() and not value.is_graph_input() for value in read]
-    if not all(map(max, decoded, fixed)):
+    given = [value for value in read if value.producer() not in known]
+    if any(value.is_graph_input() or not value.is_initializer() for value in given):
         return False
     if node.op_type == "DequantizeLinear":
         _type_of_decoded(node)
-    elif not any(decoded):
+    elif len(given) == len(read):
         return False
     return all(
         not value.is_graph_output() and value.dtype is not None and static_shape(value) is not None
