@@ -87,7 +87,7 @@ def _type_of_decoded(node: ir.Node) -> None:
     """Files of other tools do not always tell types within a graph."""
     codes, scale, value = node.inputs[0], node.inputs[1], node.outputs[0]
     if codes is not None and scale is not None and value.type is None and scale.type is not None:
-        kind = node.attributes.get_int("output_dtype", scale.type.dtype.value)
+        kind = node.attributes.get_int("output_dtype", 0) or scale.type.dtype.value
         value.type, value.shape = ir.TensorType(ir.DataType(kind)), codes.shape
 
 

@@ -66,8 +66,9 @@ def test_the_same_values_without_decoding(
     assert decode_constants(after) == 0
 
 
-def test_types_that_a_file_does_not_tell() -> None:
-    model = parse(WEIGHT)
+@pytest.mark.parametrize("kind", ["", ", output_dtype = 0", ", output_dtype = 1"])
+def test_types_that_a_file_does_not_tell(kind: str) -> None:
+    model = parse(WEIGHT.replace("<axis = 1>", f"<axis = 1{kind}>"))
     for node in model.graph:
         if not node.outputs[0].is_graph_output():
             node.outputs[0].type = node.outputs[0].shape = None
