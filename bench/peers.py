@@ -2,7 +2,7 @@
 
     python -m bench.peers --model model.onnx --calib wiki.valid.tokens --text wiki.test.raw \\
         --lambada lambada_openai.jsonl --piqa piqa.jsonl --venvs VENVS --work WORK
-    python -m bench.peers … --only aimet                # rows whose name holds this
+    python -m bench.peers … --only aimet                # one row, or those whose name holds this
 
 Every tool gets the same float ONNX file and the same calibration tokens, and runs in an
 environment of its own, which is made where there is none. What comes out is evaluated by qnpu-eval
@@ -602,7 +602,9 @@ def main(
     windows: Annotated[int, typer.Option(help="To measure perplexity on.")] = 8,
     items: Annotated[int, typer.Option(help="Of each task.")] = 200,
     limit_minutes: Annotated[float, typer.Option(help="For each command.")] = 120,
-    only: Annotated[str, typer.Option(help="Measure rows whose name holds this.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Measure the row of this name, else those whose name holds it.")
+    ] = "",
     folder: Annotated[Path, typer.Option(help="For results.")] = RESULTS / "peers",
     out: Annotated[Path, typer.Option(help="Table to write.")] = _HERE / "peers.md",
 ) -> None:
@@ -625,8 +627,9 @@ def main(
     write_tokens(setting)
     bench = Bench(setting, TOOLS, folder)
     rows: list[tuple[Row, Found]] = []
+    named = [row for row in ROWS if row.name == only] or [row for row in ROWS if only in row.name]
     for row in ROWS:
-        if only in row.name:
+        if row in named:
             console.print(row.name)
             bench.measure(row)
         found = bench.load(row)
