@@ -174,13 +174,16 @@ class Ended:
         }
 
 
-def run_limited(command: Sequence[str | Path], log: Path, minutes: float) -> Ended:
+def run_limited(
+    command: Sequence[str | Path], log: Path, minutes: float, **variables: str
+) -> Ended:
     """Runs a command with all its processes in a group that ends with it, or when time is up.
 
     Args:
         command: with its arguments.
         log: file for standard error; standard output goes to a file beside it.
         minutes: limit.
+        variables: added to the environment.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     printed = log.with_suffix(".out")
@@ -191,6 +194,7 @@ def run_limited(command: Sequence[str | Path], log: Path, minutes: float) -> End
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
+            env=os.environ | variables,
             start_new_session=True,
         )
         peak, late = 0, False
@@ -356,7 +360,7 @@ class Bench:
             failure = self._install(self._tools[row.tool])
             if failure:
                 return failure
-        ended = self._run("make", row, self._command(row, folder))
+        ended = self._run("make", row, self._command(row, folder), **self._variables(row))
         if ended.message or not file.exists():
             return ended.failure | {"message": ended.message or f"wrote no {file.name}"}
         notes = folder / "notes.json"
@@ -446,9 +450,21 @@ class Bench:
             "errors": [f"{error['code']}: {error['message']}" for error in errors[:1]],
         }
 
-    def _run(self, step: str, row: Row, command: Sequence[str | Path]) -> Ended:
+    def _run(self, step: str, row: Row, command: Sequence[str | Path], **variables: str) -> Ended:
         log = self._setting.work / "logs" / f"{self._path(row).stem}.{step}.log"
-        return run_limited(command, log, self._setting.minutes)
+        return run_limited(command, log, self._setting.minutes, **variables)
+
+    def _variables(self, row: Row) -> dict[str, str]:
+        """Where a tool's environment keeps what torch builds the first time, as Quark has it do.
+
+        A build that was killed leaves a lock, and all later ones would wait for it for ever.
+        """
+        if row.tool == OURS:
+            return {}
+        built = self._setting.venvs / row.tool / "torch_extensions"
+        for lock in built.glob("*/lock"):
+            lock.unlink()
+        return {"TORCH_EXTENSIONS_DIR": str(built)}
 
 
 def _python(venv: Path) -> Path:

@@ -136,6 +136,25 @@ def test_an_interrupted_row_goes_on_where_it_was(bench: Bench, tmp_path: Path) -
     assert bench.measure(row)["make"]["notes"] == ["copied"]  # made anew, to go on with
 
 
+def test_a_build_that_was_killed_is_not_waited_for(tiny_file: Path, tmp_path: Path) -> None:
+    setting = setting_of(tiny_file, tmp_path)
+    code = (
+        _COPY
+        + """
+import os
+(out / "notes.json").write_text(json.dumps(os.listdir(os.environ["TORCH_EXTENSIONS_DIR"] + "/op")))
+"""
+    )
+    tool = tool_of(tmp_path, "builds", code)
+    built = setting.venvs / "builds" / "torch_extensions" / "op"
+    built.mkdir(parents=True)
+    for name in ("lock", "op.so"):
+        (built / name).touch()
+    write_tokens(setting)
+    found = Bench(setting, {"builds": tool}, tmp_path / "results").measure(Row("builds", "W8A8"))
+    assert found["make"]["notes"] == ["op.so"]
+
+
 def test_other_texts_are_other_rows(bench: Bench, tiny_file: Path, tmp_path: Path) -> None:
     row = Row("fail", "W8A8")
     bench.measure(row)
