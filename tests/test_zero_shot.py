@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from qnpu.compiler.output import save_model
 from qnpu.models.load import load_onnx
 from qnpu.models.tokenizer import ByteTokenizer
 from qnpu.passes.lower_io import LowerIo
-from qnpu.runtime_check.session import open_session
+from qnpu.runtime_check.session import Mode, open_session
 from qnpu.runtime_check.zero_shot import (
     Item,
     Request,
@@ -460,6 +462,24 @@ def test_quantized_graphs_score_about_as_the_float_one(
         np.testing.assert_allclose(likelihoods, values[0], rtol=0.05)
         assert np.abs(likelihoods - values[0]).max() > 0 or one is found[0]
     np.testing.assert_allclose(values[3], values[1], rtol=1e-6)
+
+
+def test_weights_of_a_qdq_graph_are_decoded_once(
+    home: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that ONNX Runtime is to fuse, and nothing of a float graph."""
+    opened: list[tuple[bool, bool]] = []
+
+    def spy(model: Path | ir.Model, mode: Mode, *, pack: bool = True) -> ort.InferenceSession:
+        opened.append((isinstance(model, ir.Model), pack))
+        return open_session(model, mode, pack=pack)
+
+    monkeypatch.setattr("qnpu.compiler.cli_eval.open_session", spy)
+    options = [*data("arc_easy"), "--items", "1", "--json"]
+    qdq = "qnpu-out/model.qdq.onnx"
+    for model, mode in ((qdq, "reference"), (qdq, "optimized"), (tiny_file, "reference")):
+        result(evaluate(home, model, *options, "--mode", mode))
+    assert opened == [(True, False), (False, True), (False, True)]
 
 
 def test_what_is_printed(home: Path, tiny_file: Path) -> None:
