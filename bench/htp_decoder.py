@@ -87,7 +87,7 @@ def main(
         with HtpCompiler(timeout=3600) as htp:
             graph = htp.compile(file, f"v{load_target(target).vendor.arch}")
         failed |= said["verdict"] != "int" or graph.verdict.value != "int"
-        counts = [len(graph.inner_ops), len(graph.float_ops), len(graph.inserted)]
+        counts = [len(graph.ops_within), len(graph.float_ops), len(graph.inserted)]
         row = [target, said["verdict"], f"{seconds:.1f}", graph.verdict.value, *map(str, counts)]
         table.add_row(*row, f"{graph.seconds:.0f}")
     console.print(table)

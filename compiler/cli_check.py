@@ -220,7 +220,8 @@ def _print_tables(
         graph = answer.graph
         inserted = f", {len(graph.inserted)} conversions inserted" if graph.inserted else ""
         console.print(
-            f"compiler for {graph.arch}: {graph.verdict.value}, {len(graph.inner_ops)} operations, "
+            f"compiler for {graph.arch}: {graph.verdict.value}, "
+            f"{len(graph.ops_within)} operations, "
             f"{len(graph.float_ops)} in float{inserted}, {graph.seconds:.1f} s"
         )
     for item in differences:

@@ -187,6 +187,11 @@ class HtpGraph:
 
     @property
     def inner_ops(self) -> tuple[HtpOp, ...]:
+        """All but Quantize and Dequantize."""
+        return tuple(op for op in self.ops if op.kind not in _BORDER)
+
+    @property
+    def ops_within(self) -> tuple[HtpOp, ...]:
         """All but what quantizes inputs and dequantizes outputs of the graph."""
         return tuple(op for op in self.ops if op.kind not in _BORDER or op.is_float)
 

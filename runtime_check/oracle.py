@@ -35,7 +35,7 @@ class OracleAnswer:
         return {
             "arch": self.graph.arch,
             "verdict": self.graph.verdict.value,
-            "operations": len(self.graph.inner_ops),
+            "operations": len(self.graph.ops_within),
             "float": [op.text for op in self.graph.float_ops],
             "inserted": [op.text for op in self.graph.inserted],
             "seconds": round(self.graph.seconds, 2),

@@ -126,7 +126,7 @@ def test_a_float_between_dequantize_and_quantize_counts() -> None:
     found["graph"]["nodes"]["last"]["type"] = "Quantize"
     graph = HtpGraph("v75", tuple(parse_qnn_graph(found)))
     assert graph.verdict is HtpVerdict.FLOAT
-    assert graph.inner_ops == graph.float_ops == graph.ops[1:]  # of all but the first Quantize
+    assert graph.ops_within == graph.float_ops == graph.ops[1:]  # of all but the first Quantize
 
 
 def test_only_a_single_scale_is_read() -> None:
