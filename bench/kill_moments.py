@@ -5,8 +5,8 @@
 
 Each compile starts in a folder with an earlier compile's files and one of the user's. Moments are
 drawn from three spans: the whole run, the time from the first temporary file on, and the time from
-the last temporary file on, when files move to their places. After each, every file of a compile
-must be there, all old or all new; then a compile must succeed, clean up, and leave what it leaves
+the last temporary file on, when files move to their places. After each, once no process writes any
+more, every file of a compile must be there, all old or all new; then a compile must succeed, clean up, and leave what it leaves
 in an empty folder. Killed processes are forks of one that has done the imports, without which most
 moments would lie within those. Exit code 1 where anything else was found.
 """
@@ -14,6 +14,7 @@ moments would lie within those. Exit code 1 where anything else was found.
 from __future__ import annotations
 
 import enum
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -147,6 +148,15 @@ def kill_within(span: Span, times: Times, folder: Path, seed: int, random: Rando
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    wait_for_moves(out)
+
+
+def wait_for_moves(out: Path) -> None:
+    """Until no process holds the folder's lock: one that moves files outlives the compile."""
+    if out.exists():
+        descriptor = os.open(out, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.close(descriptor)
 
 
 def whole(found: dict[str, str], old: dict[str, str], new: dict[str, str]) -> str:

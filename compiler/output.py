@@ -10,6 +10,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qnpu.compiler import move_files
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.rules import CannotWrite, WouldOverwrite
 
@@ -112,9 +115,9 @@ def check_overwrite(folder: Path, names: list[str]) -> None:
         DiagnosticError: QN902 for each file that is not; QN901 no permission.
     """
     if any(folder.glob(f"{_READY}*")):
-        with _reported(folder), _locked(folder) as alone:
-            if alone:
-                _finish(folder)
+        with _reported(folder), _locked(folder) as lock:
+            if lock is not None:
+                _finish(folder, lock)
     _check_overwrite(folder, names)
 
 
@@ -149,12 +152,13 @@ def write_outputs(
     report: dict[str, object],
     page: Page | None = None,
 ) -> None:
-    """Writes all files beside their final place, then renames them into it, the report last.
+    """Writes all files beside their final place, then moves them into it, the report last.
 
     On any failure, Ctrl-C included, the folder is left as it was. A process that is killed leaves
-    it as it was too, but for hidden files which the next compile removes; or, within the moment
-    that the renames take, hidden files which the next compile moves on to their places. Adds
-    ``outputs`` (size and hash of each file) to the report.
+    it as it was too, but for hidden files which the next compile removes; or, if another process
+    has begun to move them, all new files. Only where that one is killed within the moment that it
+    takes, as when power fails, is there a mixture, with the rest in a hidden folder, from which
+    the next compile moves it on. Adds ``outputs`` (size and hash of each file) to the report.
 
     Args:
         folder: made if absent.
@@ -166,7 +170,7 @@ def write_outputs(
         DiagnosticError: QN901 no space, no permission, a read-only or missing parent; QN902.
     """
     check_overwrite(folder, [*writers, *([PAGE_NAME] if page else []), REPORT_NAME])
-    with _reported(folder), _scratch_folder(folder) as scratch:
+    with _reported(folder), _scratch_folder(folder) as (scratch, lock):
         for name, write in writers.items():
             write(scratch / name)
         files = sorted(path.name for path in scratch.iterdir())
@@ -181,25 +185,39 @@ def write_outputs(
         for path in scratch.iterdir():
             _flush(path)
         with _signals_held():
-            _move(scratch.rename(scratch.with_name(scratch.name.replace(_SCRATCH, _READY))))
+            name = scratch.name.replace(_SCRATCH, _READY)
+            _move(scratch.rename(scratch.with_name(name)), lock)
 
 
-def _move(ready: Path) -> None:
+def _move(ready: Path, lock: int | None) -> None:
     """Moves files out of a hidden folder into the one that holds it, the report last.
 
-    Until then the old report is there, which tells which old files are ours.
+    Until then the old report is there, which tells which old files are ours. The process that
+    moves them holds the lock as well: nobody writes here before it has ended, whoever started it.
     """
     names = sorted(path.name for path in ready.iterdir())
-    for name in sorted(names, key=lambda name: name == REPORT_NAME):
-        (ready / name).replace(ready.parent / name)
-    ready.rmdir()
+    names.sort(key=lambda name: name == REPORT_NAME)
+    moved = subprocess.run(
+        [sys.executable, "-I", "-S", move_files.__file__, str(ready.absolute()), *names],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # a signal to our group is not for it
+        pass_fds=() if lock is None else (lock,),
+    )
+    if number := moved.stdout.strip():
+        raise OSError(int(number), "")
+    if moved.returncode:
+        reason = moved.stderr.strip() or f"its process ended with {moved.returncode}"
+        raise OSError(f"files were being moved: {reason}; the next compile moves the rest")
 
 
-def _finish(folder: Path) -> None:
+def _finish(folder: Path, lock: int) -> None:
     """Ends the moves of processes that were killed at it."""
     for ready in folder.glob(f"{_READY}*"):
         _check_overwrite(folder, [path.name for path in ready.iterdir()])
-        _move(ready)
+        _move(ready, lock)
 
 
 def _entry(path: Path) -> dict[str, object]:
@@ -208,19 +226,22 @@ def _entry(path: Path) -> dict[str, object]:
 
 
 @contextmanager
-def _scratch_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder inside ``folder``; both go again on failure if this call made them."""
+def _scratch_folder(folder: Path) -> Iterator[tuple[Path, int | None]]:
+    """A hidden folder inside ``folder``, and the lock of the latter, as ``_locked`` gives it.
+
+    Both folders go again on failure if this call made them.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as alone:
-            if alone:  # then the process that made these was killed
+        with _locked(folder) as lock:
+            if lock is not None:  # then the process that made these was killed
                 for stale in folder.glob(f"{_SCRATCH}*"):
                     shutil.rmtree(stale, ignore_errors=True)
-                _finish(folder)
+                _finish(folder, lock)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-                yield Path(scratch)
+                yield Path(scratch), lock
         done = True
     finally:
         if not done:
@@ -230,16 +251,20 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Waits until no other process writes here; False where the file system has no locks."""
+def _locked(folder: Path) -> Iterator[int | None]:
+    """Waits until no other process writes here.
+
+    Yields:
+        Descriptor that holds the lock; None where the file system has no locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
+            lock = descriptor
         except OSError:
-            locked = False
-        yield locked
+            lock = None
+        yield lock
     finally:
         os.close(descriptor)
 

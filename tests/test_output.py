@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qnpu.compiler import output
+from qnpu.compiler import move_files, output
 from qnpu.compiler.diagnostics import DiagnosticError
 from qnpu.compiler.output import (
     REPORT_NAME,
@@ -235,34 +240,40 @@ def test_weights_read_from_elsewhere_are_stored_inside(tmp_path: Path) -> None:
     assert run(open_session(tmp_path / "m.onnx"), None, {"x": normal(1, 8)})[0].shape == (1, 8)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+MOVER = f"""
+import os, runpy, signal, time
+real, done = os.replace, 0
+def replace(*paths):
+    global done
+    {{}}
+    done += 1
+    real(*paths)
+os.replace = replace
+runpy.run_path({move_files.__file__!r}, run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 3])
 def test_moves_that_were_cut_off_are_brought_to_an_end(
-    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moves: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Killed between two renames: the next compile finds a whole result, not a mixture."""
     write_outputs(tmp_path, {"a": text("old"), "b": text("old")}, {"n": 1})
-    write_outputs(tmp_path / "other", {"a": text("new"), "b": text("new")}, {"n": 2})
-    expected = contents(tmp_path / "other")
-    for path in (tmp_path / "other").iterdir():
-        path.unlink()
-    (tmp_path / "other").rmdir()
-    _cut_off(tmp_path, moves, monkeypatch)
+    other = tmp_path_factory.mktemp("other")
+    write_outputs(other, {"a": text("new"), "b": text("new")}, {"n": 2})
+    _cut_off(tmp_path, moves, tmp_path_factory)
     assert any(name.startswith(".qnpu-ready-") for name in contents(tmp_path)) == (moves < 3)
     check_overwrite(tmp_path, ["a", "b", REPORT_NAME])
-    assert contents(tmp_path) == expected
+    assert contents(tmp_path) == contents(other)
     write_outputs(tmp_path, {"a": text("newer"), "b": text("newer")}, {})
     assert (tmp_path / "b").read_text() == "newer"
 
 
 def test_moves_that_were_cut_off_replace_nothing_of_the_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     write_outputs(tmp_path, {"a": text("old"), "b": text("old")}, {})
-    _cut_off(tmp_path, 1, monkeypatch)
+    _cut_off(tmp_path, 1, tmp_path_factory)
     (tmp_path / "b").write_text("edited")
     before = contents(tmp_path)
     with pytest.raises(DiagnosticError) as caught:
@@ -271,24 +282,55 @@ def test_moves_that_were_cut_off_replace_nothing_of_the_users(
     assert contents(tmp_path) == before
 
 
-def _cut_off(folder: Path, moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes new results, but comes only so far with moving them."""
-    real, done = Path.replace, 0
-
-    def replace(source: Path, target: Path) -> Path:
-        nonlocal done
-        if done == moves:
-            raise Killed
-        done += 1
-        return real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
+def _cut_off(folder: Path, moves: int, made: pytest.TempPathFactory) -> None:
+    """Writes new results; the process that moves them is killed after so many."""
+    script = made.mktemp("mover") / "killed.py"
+    end = f"if done == {moves}: os.kill(os.getpid(), signal.SIGKILL)"
+    script.write_text(MOVER.format(end))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(move_files, "__file__", str(script))
         if moves < 3:
-            with pytest.raises(Killed):
+            with pytest.raises(DiagnosticError, match=r"ended with -9; the next compile moves"):
                 write_outputs(folder, {"a": text("new"), "b": text("new")}, {"n": 2})
         else:
             write_outputs(folder, {"a": text("new"), "b": text("new")}, {"n": 2})
+
+
+def test_a_compile_killed_while_files_move_leaves_the_new_ones(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its whole group is killed, as a shell would; whoever writes next waits for the moves."""
+    old, new = "old", "new"
+    write_outputs(tmp_path, {name: text(old) for name in "abcd"}, {"n": 1})
+    scripts = tmp_path_factory.mktemp("mover")
+    (scripts / "slow.py").write_text(MOVER.format("time.sleep(0.2)"))
+    compile_ = f"""
+from pathlib import Path
+from qnpu.compiler import move_files, output
+move_files.__file__ = {str(scripts / "slow.py")!r}
+writers = {{name: lambda path: path.write_text({new!r}) for name in "abcd"}}
+output.write_outputs(Path({str(tmp_path)!r}), writers, {{"n": 2}})
+"""
+    process = subprocess.Popen([sys.executable, "-c", compile_], start_new_session=True)
+    while process.poll() is None and (tmp_path / "a").read_text() == old:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "d").read_text() == old
+    check_overwrite(tmp_path, [*"abcd", REPORT_NAME])
+    assert {(tmp_path / name).read_text() for name in "abcd"} == {new}
+    assert set(contents(tmp_path)) == {*"abcd", REPORT_NAME}
+
+
+def test_moves_that_the_system_refuses(tmp_path: Path) -> None:
+    """A folder has come where a file is to go, since it was looked at."""
+    write_outputs(tmp_path, {"a": text("old")}, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "_check_overwrite", lambda folder, names: None)
+        (tmp_path / "b").mkdir()
+        with pytest.raises(DiagnosticError, match="Is a directory") as caught:
+            write_outputs(tmp_path, {"b": text("new")}, {})
+    assert caught.value.codes == ["QN901"]
 
 
 @pytest.mark.parametrize("target", ["gone", "out"])
