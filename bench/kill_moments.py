@@ -6,9 +6,10 @@
 Each compile starts in a folder with an earlier compile's files and one of the user's. Moments are
 drawn from three spans: the whole run, the time from the first temporary file on, and the time from
 the last temporary file on, when files move to their places. After each, once no process writes any
-more, every file of a compile must be there, all old or all new; then a compile must succeed, clean up, and leave what it leaves
-in an empty folder. Killed processes are forks of one that has done the imports, without which most
-moments would lie within those. Exit code 1 where anything else was found.
+more, every file of a compile must be there, all old or all new; then a compile must succeed, clean
+up, and leave what it leaves in an empty folder. Killed processes are forks of one that has done the
+imports, without which most moments would lie within those. Exit code 1 where anything else was
+found.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _OPTIONS = [
 ]  # fmt: skip
 _LONG_ENOUGH = 600.0
 _POLL = 0.0005
+_MOVING = 0.15  # s in which files have moved, also beside other jobs
 
 
 class Span(enum.StrEnum):
@@ -144,7 +146,7 @@ def kill_within(span: Span, times: Times, folder: Path, seed: int, random: Rando
             delay = random.uniform(0, times.moving - times.writing)
         case Span.MOVING:
             wait_for(lambda: is_moving(out), child)
-            delay = random.uniform(0, min(times.end - times.moving, 0.02))
+            delay = random.uniform(0, min(times.end - times.moving, _MOVING))
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
