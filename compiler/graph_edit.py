@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,25 @@ class NodeBuilder:
                     new.type, new.shape = old.type, old.shape
                 replace_value(self._graph, old, new)
         self._graph.remove(self._node, safe=True)
+
+
+def bytes_of(value: ir.Value) -> int:
+    """Of an array; an open dimension counts as 1, an unknown type as 32 bits."""
+    dims = static_shape(value) or tuple(d if isinstance(d, int) else 1 for d in (value.shape or ()))
+    bits = value.dtype.bitwidth if value.dtype is not None else 32
+    return prod(dims) * bits // 8
+
+
+def nodes_behind(value: ir.Value) -> list[ir.Node]:
+    """All nodes that a value is computed by, from the last one on; not in topological order."""
+    found: dict[ir.Node, None] = {}
+    pending = [value.producer()]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            pending += [item.producer() for item in node.inputs if item is not None]
+    return list(found)
 
 
 def subgraph_proto(

@@ -9,7 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qnpu.compiler.graph_edit import GraphEditor, name_of, static_shape, subgraph_proto
+from qnpu.compiler.graph_edit import (
+    GraphEditor,
+    name_of,
+    nodes_behind,
+    static_shape,
+    subgraph_proto,
+)
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.runtime_check.session import open_session, run
@@ -93,19 +99,7 @@ def _is_turn(node: ir.Node, count: int) -> bool:
 
 def _behind(node: ir.Node, entry: ir.Value) -> list[ir.Node] | None:
     """A node and all before it, where one input and constants alone go into them."""
-    found: dict[ir.Node, None] = {}
-    pending, reached = [node], False
-    while pending:
-        item = pending.pop()
-        if item in found:
-            continue
-        found[item] = None
-        for value in item.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is not None:
-                pending.append(producer)
-            elif value is entry:
-                reached = True
-            elif value is not None and not value.is_initializer():
-                return None
-    return list(found) if reached else None
+    found = nodes_behind(node.outputs[0])
+    read = {value for item in found for value in item.inputs if value is not None}
+    given = {value for value in read if value.producer() is None and not value.is_initializer()}
+    return found if given == {entry} else None

@@ -6,14 +6,15 @@ as the products of a hundred tokens. Asked beforehand, the same kernels give the
 
 from __future__ import annotations
 
-from math import prod
-
 import onnx
 import onnx_ir as ir
 import psutil
+from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import (
+    bytes_of,
     name_of,
+    nodes_behind,
     register_tensor,
     replace_value,
     static_shape,
@@ -47,19 +48,15 @@ def decode_constants(model: ir.Model) -> int:
         if _is_constant(node, known):
             known[node] = len(known)
     ends = [value for node in known for value in node.outputs if _leads_out(value, known)]
-    if sum(map(_bytes, ends)) > _SHARE * psutil.virtual_memory().available:
+    if sum(map(bytes_of, ends)) > _SHARE * psutil.virtual_memory().available:
         return 0
     for value in ends:
-        nodes = sorted(_behind(value), key=known.__getitem__)
+        nodes = sorted(nodes_behind(value), key=known.__getitem__)
         name = unique_initializer_name(graph, f"{name_of(value)}_decoded")
         tensor = _tensor(name, nodes, value, model)
         replace_value(graph, value, register_tensor(graph, tensor))
-    sources = {value for node in known for value in node.inputs if value is not None}
-    for node in reversed(known):
-        graph.remove(node, safe=True)
-    for value in sources:
-        if value.is_initializer() and not value.uses() and not value.is_graph_output():
-            del graph.initializers[name_of(value)]
+    if ends:
+        common.RemoveUnusedNodesPass()(model)
     return len(ends)
 
 
@@ -93,23 +90,6 @@ def _type_of_decoded(node: ir.Node) -> None:
 
 def _leads_out(value: ir.Value, known: dict[ir.Node, int]) -> bool:
     return any(use.node not in known for use in value.uses())
-
-
-def _bytes(value: ir.Value) -> int:
-    bits = value.dtype.bitwidth if value.dtype is not None else 0
-    return prod(static_shape(value) or ()) * bits // 8
-
-
-def _behind(value: ir.Value) -> set[ir.Node]:
-    """All nodes that a value is computed by."""
-    found: set[ir.Node] = set()
-    pending = [value.producer()]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            pending += [item.producer() for item in node.inputs if item is not None]
-    return found
 
 
 def _tensor(name: str, nodes: list[ir.Node], value: ir.Value, model: ir.Model) -> ir.TensorProtocol:

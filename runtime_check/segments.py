@@ -11,13 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import onnx_ir as ir
 import psutil
 
 from qnpu.compiler.diagnostics import DiagnosticError
-from qnpu.compiler.graph_edit import name_of, static_shape, subgraph_proto
+from qnpu.compiler.graph_edit import bytes_of, name_of, subgraph_proto
 from qnpu.compiler.rules import GraphDoesNotRun
 from qnpu.runtime_check.session import Array, Feeds, Mode, open_session, run
 
@@ -75,7 +74,7 @@ def cut_segments(
     of them. Nor does a value whose type the graph does not tell.
     """
     nodes = [node for node in graph if not _dequantizes_weight(node)]
-    crossing = _crossing(nodes, _bytes)
+    crossing = _crossing(nodes, bytes_of)
     uncuttable = _crossing(nodes, _cannot_cross)
     shares = [_shares(node, limit, weight_limit) for node in nodes]
     runs: list[list[ir.Node]] = []
@@ -99,8 +98,10 @@ def cut_segments(
 
 def _shares(node: ir.Node, limit: int, weight_limit: int) -> tuple[float, ...]:
     """How much of a segment a node fills: of its outputs, of its weights, of its nodes."""
-    made = sum(map(_bytes, node.outputs))
-    weighed = sum(_bytes(value) for value in node.inputs if value is not None and _is_fixed(value))
+    made = sum(map(bytes_of, node.outputs))
+    weighed = sum(
+        bytes_of(value) for value in node.inputs if value is not None and _is_fixed(value)
+    )
     return made / max(limit, 1), weighed / max(weight_limit, 1), 1 / _MOST_NODES
 
 
@@ -154,12 +155,6 @@ def _segment(nodes: list[ir.Node], index: int, segment_of: dict[ir.Node, int]) -
     return Segment((*weights, *nodes), tuple(takes), tuple(hands_on))
 
 
-def _bytes(value: ir.Value) -> int:
-    dims = static_shape(value) or tuple(d if isinstance(d, int) else 1 for d in (value.shape or ()))
-    bits = value.dtype.bitwidth if value.dtype is not None else 32
-    return prod(dims) * bits // 8
-
-
 def _cannot_cross(value: ir.Value) -> int:
     """1 where several codes share a byte, or where an input of its type cannot be made, else 0."""
     return int(value.dtype is None or value.dtype.bitwidth < 8)
@@ -169,8 +164,8 @@ def _check_memory(graph: ir.Graph) -> None:
     """A few bytes of graph can ask for terabytes; the system would end the process, or others."""
     free = psutil.virtual_memory().available
     for value in (value for node in graph for value in node.outputs):
-        if _bytes(value) > free:
-            sizes = f"it takes {_bytes(value) / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        if bytes_of(value) > free:
+            sizes = f"it takes {bytes_of(value) / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
             reason = f"no memory for `{value.name}`: {sizes}"
             raise DiagnosticError(GraphDoesNotRun(reason).at(value=name_of(value)))
 
