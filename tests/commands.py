@@ -1,8 +1,11 @@
-"""Runs the real commands as processes, as a user would, for tests of the command line."""
+"""Runs the real commands as a user would, for tests of the command line."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
+import json
 import os
 import re
 import signal
@@ -37,7 +40,7 @@ def start(
     before: Callable[[], None] | None = None,
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """Starts a command, such as ``qnpu-compile``, in a folder.
+    """Starts a command, such as ``qnpu-compile``, in a folder, as a process of its own.
 
     Args:
         command: the first word is a console script beside this Python, or an absolute path.
@@ -74,10 +77,54 @@ def call(
     *command: str | Path,
     folder: Path,
     before: Callable[[], None] | None = None,
+    file_limit: int | None = None,
     **variables: str,
 ) -> Done:
-    """``start`` and ``finish``."""
+    """Runs a command to its end.
+
+    One of ours runs in a fork of a process that has done the imports (fork_server.py). What acts on
+    the start of a process, ``before`` and variables, has one of its own.
+
+    Args:
+        command: as ``start`` takes it.
+        folder: working directory.
+        before: called in the new process first, e.g. to set a limit.
+        file_limit: greatest size that a file can grow to, bytes; for ours alone.
+        variables: added to the environment.
+    """
+    if before is None and not variables and str(command[0]).startswith("qnpu-"):
+        return _fork([str(word) for word in command], folder, file_limit)
     return finish(start(*command, folder=folder, before=before, **variables))
+
+
+def _fork(command: list[str], folder: Path, file_limit: int | None) -> Done:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    job = {"command": command, "folder": str(folder), "file_limit": file_limit}
+    server.stdin.write(json.dumps(job | {"environment": dict(os.environ)}) + "\n")
+    server.stdin.flush()
+    return Done(*json.loads(server.stdout.readline()))
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """See fork_server.py; one for all tests of this process."""
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"ORT_DISABLE_TELEMETRY": "1"},
+        text=True,
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    if server.stdin is not None:
+        server.stdin.close()
+    server.wait()
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -1,12 +1,13 @@
-"""Runs commands in forks of one process that has done the imports: a second less for each.
+"""Runs commands in forks of one process that has done the imports: some seconds less for each.
 
-Reads one JSON job a line, ``{"command": [...], "folder": ..., "file_limit": ...}``, and answers
-with ``[exit code, stdout, stderr]``. A child runs what the console script runs. Telemetry of ONNX
-Runtime must be off: its thread does not survive a fork.
+Reads one JSON job a line, of ``command``, ``folder``, ``environment`` and ``file_limit``, and
+answers with ``[exit code, stdout, stderr]``. A child runs what the console script runs. Telemetry
+of ONNX Runtime must be off: its thread does not survive a fork.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -17,13 +18,28 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any, NoReturn
 
+IMPORTED = (
+    "matplotlib.backends.backend_svg",
+    "onnxscript.optimizer",
+    "qnpu.compiler.cli",
+    "qnpu.compiler.cli_check",
+    "qnpu.compiler.cli_eval",
+    "qnpu.compiler.cli_run",
+    "qnpu.compiler.report_page",
+    "qnpu.models.export",
+    "torch",
+    "transformers.models.auto.modeling_auto",
+)
+"""Modules that are slow to import."""
+SECONDS = 300.0
+"""What a command may take."""
+
 
 def main() -> None:
-    import torch  # noqa: PLC0415
+    from qnpu.compiler import entry  # noqa: PLC0415
 
-    from qnpu.compiler import cli, entry  # noqa: PLC0415
-
-    del torch, cli
+    for module in IMPORTED:
+        importlib.import_module(module)
     for line in sys.stdin:
         job = json.loads(line)
         pipes = os.pipe(), os.pipe()
@@ -32,9 +48,14 @@ def main() -> None:
             _become(job, pipes[0][1], pipes[1][1])
             _run(getattr(entry, f"{job['command'][0].removeprefix('qnpu-')}_main"))
         texts = ["", ""]
-        readers = [Thread(target=_read, args=(pipe, texts, i)) for i, pipe in enumerate(pipes)]
+        readers = [
+            Thread(target=_read, args=(pipe, texts, i), daemon=True) for i, pipe in enumerate(pipes)
+        ]
         for reader in readers:
             reader.start()
+        readers[0].join(SECONDS)
+        if readers[0].is_alive():
+            os.kill(child, signal.SIGKILL)
         for reader in readers:
             reader.join()
         status = os.waitpid(child, 0)[1]
@@ -43,10 +64,14 @@ def main() -> None:
 
 def _become(job: dict[str, Any], stdout: int, stderr: int) -> None:
     os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, stdout), (2, stderr)):
         os.dup2(source, target)
     os.closerange(3, 64)
     sys.stdout, sys.stderr = (os.fdopen(target, "w", encoding="utf-8") for target in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test may run under nohup
     if job["file_limit"] is not None:  # a disk that is full: writing on fails with EFBIG
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -369,29 +369,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    """See fork_server.py."""
-    command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
-    pipe = subprocess.PIPE
-    variables = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=variables, text=True) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-def ask(server: subprocess.Popen[str], command: list[str], folder: Path, limit: int | None) -> Done:
-    assert server.stdin is not None
-    assert server.stdout is not None
-    job = {"command": command, "folder": str(folder), "file_limit": limit}
-    server.stdin.write(json.dumps(job) + "\n")
-    server.stdin.flush()
-    return Done(*json.loads(server.stdout.readline()))
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_fault(case: Case, server: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_fault(case: Case, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     case.build(home)
@@ -400,7 +379,7 @@ def test_fault(case: Case, server: subprocess.Popen[str], tmp_path: Path) -> Non
     command = [case.command, *case.arguments.split(), "--json"]
     if case.command == "qnpu-compile":
         command += ["--quiet", *([] if "--out" in command else ["--out", "out"])]
-    done = ask(server, command, home, case.file_limit)
+    done = call(*command, folder=home, file_limit=case.file_limit)
     assert "Traceback" not in done.stderr, done.stderr
     assert set(done.codes) == {case.code}, done.stderr
     assert done.stderr.count("help: ") == len(done.codes)

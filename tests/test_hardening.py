@@ -35,11 +35,9 @@ from tests.test_bad_input import (
     TEXT_MODEL,
     WEIGHT,
     all_of,
-    ask,
     graph,
     node,
     put,
-    server,  # noqa: F401  (a fixture)
 )
 
 LONG = "n" * 10_000
@@ -58,13 +56,6 @@ def model(folder: Path, content: bytes) -> Path:
 
 
 # ---------------------------------------------------------------------------------- whole commands
-
-
-@pytest.fixture(scope="module")
-def forks(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """See fork_server.py."""
-    process: subprocess.Popen[str] = request.getfixturevalue("server")
-    return process
 
 
 def value_of_shape(*shape: int) -> bytes:
@@ -118,13 +109,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(name: str, forks: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_fault(name: str, tmp_path: Path) -> None:
     code, command, build = FAULTS[name]
     home = tmp_path / "home"
     home.mkdir()
     build(home)
     before = snapshot(tmp_path)
-    done = ask(forks, command.split(), home, None)
+    done = call(*command.split(), folder=home)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert (set(done.codes), done.exit_code) == ({code}, 1), done.stderr[-3000:]
     assert snapshot(tmp_path) == before
@@ -244,7 +235,7 @@ NAMES = ["é\N{SNOWMAN}\N{GRINNING FACE}", "[bold]x[/]", "\x1b[31m", "a/b", "../
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_names_of_any_kind(name: str, forks: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_names_of_any_kind(name: str, tmp_path: Path) -> None:
     """They come out of a compile as they went in."""
     product = helper.make_node("MatMul", [name, f"{name}w"], ["y"], name=f"{name}n")
     content = graph(product, name=name, constants={f"{name}w": WEIGHT})
@@ -254,7 +245,7 @@ def test_names_of_any_kind(name: str, forks: subprocess.Popen[str], tmp_path: Pa
         (array,) = (old.read(entry) for entry in old.namelist())
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as new:
         new.writestr(f"{name}.npy", array)
-    done = ask(forks, COMPILE.split(), tmp_path, None)
+    done = call(*COMPILE.split(), folder=tmp_path)
     assert done.exit_code == 0, done.stderr[-2000:]
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "data.npz", "out"}
     compiled = onnx.load(tmp_path / "out" / "model.qdq.onnx")
