@@ -12,7 +12,7 @@ import pytest
 
 from tests.commands import call, finish, start
 
-SIZES = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "8", "--learn-steps", "200")
+SIZES = ("--seq-len", "16", "--calib-windows", "4", "--learn-windows", "8", "--learn-steps", "100")
 LEARN = ("--scheme", "w4a8", "--learn", "blockwise", "--quiet", *SIZES, "--out", "out")
 PATIENCE_S = 120.0
 REPORTED = ("learning", "diagnostics", "perplexity", "tensors")

@@ -47,7 +47,7 @@ def exported(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def compiled(exported: Path) -> dict[str, Any]:
     """W8A16 with the default options; on WikiText-2 where it is at hand."""
-    options = ["--scheme", "w8a16", "--out", str(exported.parent / "out"), "--eval-windows", "8"]
+    options = ["--scheme", "w8a16", "--out", str(exported.parent / "out"), "--eval-windows", "4"]
     if _SHARED.exists():
         options += ["--calib", str(_SHARED / "wiki.valid.tokens")]
         options += ["--eval-text", str(_SHARED / "wiki.test.raw")]
