@@ -317,9 +317,9 @@ output.write_outputs(Path({str(tmp_path)!r}), writers, {{"n": 2}})
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "d").read_text() == old
-    check_overwrite(tmp_path, [*"abcd", REPORT_NAME])
-    assert {(tmp_path / name).read_text() for name in "abcd"} == {new}
-    assert set(contents(tmp_path)) == {*"abcd", REPORT_NAME}
+    with output._locked(tmp_path):
+        assert {(tmp_path / name).read_text() for name in "abcd"} == {new}
+        assert set(contents(tmp_path)) == {*"abcd", REPORT_NAME}
 
 
 def test_moves_that_the_system_refuses(tmp_path: Path) -> None:
