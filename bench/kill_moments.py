@@ -15,7 +15,6 @@ found.
 from __future__ import annotations
 
 import enum
-import fcntl
 import importlib
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qnpu.compiler import cli
+from qnpu.compiler.output import locked
 from qnpu.models.export import export_dynamo
 from qnpu.models.load import LoadedModel
 from qnpu.models.tiny_decoder import tiny_decoder
@@ -150,15 +150,8 @@ def kill_within(span: Span, times: Times, folder: Path, seed: int, random: Rando
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait_for_moves(out)
-
-
-def wait_for_moves(out: Path) -> None:
-    """Until no process holds the folder's lock: one that moves files outlives the compile."""
-    if out.exists():
-        descriptor = os.open(out, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.close(descriptor)
+    with locked(out):  # waits for a process that moves files, which outlives the compile
+        pass
 
 
 def whole(found: dict[str, str], old: dict[str, str], new: dict[str, str]) -> str:

@@ -115,7 +115,7 @@ def check_overwrite(folder: Path, names: list[str]) -> None:
         DiagnosticError: QN902 for each file that is not; QN901 no permission.
     """
     if any(folder.glob(f"{_READY}*")):
-        with _reported(folder), _locked(folder) as lock:
+        with _reported(folder), locked(folder) as lock:
             if lock is not None:
                 _finish(folder, lock)
     _check_overwrite(folder, names)
@@ -227,7 +227,7 @@ def _entry(path: Path) -> dict[str, object]:
 
 @contextmanager
 def _scratch_folder(folder: Path) -> Iterator[tuple[Path, int | None]]:
-    """A hidden folder inside ``folder``, and the lock of the latter, as ``_locked`` gives it.
+    """A hidden folder inside ``folder``, and the lock of the latter, as ``locked`` gives it.
 
     Both folders go again on failure if this call made them.
     """
@@ -235,7 +235,7 @@ def _scratch_folder(folder: Path) -> Iterator[tuple[Path, int | None]]:
     done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as lock:
+        with locked(folder) as lock:
             if lock is not None:  # then the process that made these was killed
                 for stale in folder.glob(f"{_SCRATCH}*"):
                     shutil.rmtree(stale, ignore_errors=True)
@@ -251,7 +251,7 @@ def _scratch_folder(folder: Path) -> Iterator[tuple[Path, int | None]]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
+def locked(folder: Path) -> Iterator[int | None]:
     """Waits until no other process writes here.
 
     Yields:

@@ -317,7 +317,7 @@ output.write_outputs(Path({str(tmp_path)!r}), writers, {{"n": 2}})
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "d").read_text() == old
-    with output._locked(tmp_path):
+    with output.locked(tmp_path):
         assert {(tmp_path / name).read_text() for name in "abcd"} == {new}
         assert set(contents(tmp_path)) == {*"abcd", REPORT_NAME}
 
