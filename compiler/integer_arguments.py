@@ -23,7 +23,10 @@ from qnpu.compiler.integer_math import (
     FixedPoint,
     NormNumbers,
     RotaryNumbers,
+    Share,
+    ShortShare,
     SoftmaxNumbers,
+    root_starts,
     round_half_up,
     stored_bits,
 )
@@ -270,25 +273,46 @@ def exponentials_arguments(numbers: AttentionNumbers, elements: int) -> Argument
 
 
 def normalize_arguments(
-    numbers: AttentionNumbers, value_zero: int, zero_point: int, spec: QuantSpec
+    share: Share, value_zero: int, zero_point: int, spec: QuantSpec
 ) -> Arguments:
     """Of IntNormalize.
 
     Args:
-        numbers: of the attention.
+        share: of the attention.
         value_zero: zero point of the values as they were multiplied.
         zero_point: z of the result.
         spec: of the result.
     """
-    limits = _limits(numbers.shift, spec)
-    start = _LIFT + (1 << (numbers.shift - 1)) + (zero_point << numbers.shift)
-    offset = start - value_zero * numbers.numerator
+    limits = _limits(share.shift, spec)
+    start = _LIFT + (1 << (share.shift - 1)) + (zero_point << share.shift)
     return {
-        "numerator": np.array(numbers.numerator, np.int64),
-        "offset": _unsigned(offset),
+        "numerator": np.array(share.numerator, np.int64),
+        "offset": _unsigned(start - value_zero * share.numerator),
         "shift": limits["shift"],
         "least": limits["low"],
         "most": limits["high"],
+        **_all_but_last(),
+    }
+
+
+def short_normalize_arguments(
+    share: ShortShare, value_zero: int, zero_point: int, spec: QuantSpec
+) -> Arguments:
+    """Of IntNormalizeShort; see ``normalize_arguments``."""
+    return {
+        "ratio": _unsigned(share.ratio),
+        "shift": _unsigned(share.shift),
+        "centre": _word(2 * (share.lift + zero_point) + 1),
+        "zero": _word(value_zero),
+        "low": _word(share.lift + spec.q_min),
+        "high": _word(share.lift + spec.q_max),
+        **_all_but_last(),
+    }
+
+
+def _all_but_last() -> Arguments:
+    """Ends of slices: what is in the last column, and what is not."""
+    return {
         "first": np.array([0], np.int64),
         "last": np.array([-1], np.int64),
         "far": np.array([np.iinfo(np.int64).max], np.int64),
@@ -357,14 +381,16 @@ def short_norm_arguments(
     """
     step = 1 << numbers.shift
     lift = 1 << (30 - numbers.shift)
+    powers, starts = root_starts(numbers.epsilon)
     return {
         "zero": _word(zero),
         "before_last": np.array([-2], np.int64),
         "last": np.array([-1], np.int64),
+        "both": np.array([-2, -1], np.int64),
         "epsilon": np.array(numbers.epsilon, np.int64),
         "prescale": np.array(numbers.prescale, np.int64),
-        "powers": 4 ** np.arange(_ROOTS, dtype=np.int64),
-        "starts": np.maximum(1, 3 << np.arange(_ROOTS + 1, dtype=np.int64) >> 2),
+        "powers": powers,
+        "rises": np.diff(starts, prepend=0),
         "two": np.array(2, np.int64),
         "numerator": np.array(numbers.numerator, np.int64),
         "offset": _word(step // 2 + (lift + zero_point) * step),

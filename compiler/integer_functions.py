@@ -52,7 +52,7 @@ def IntRequantizeFine(
 
 @script(QNPU, default_opset=op)
 def IntRequantizeShort(x, multiplier, offset, step, low, high, to: int):
-    """y = clip((x·multiplier + offset) / step, low, high), int32; the sum is not negative.
+    """y = clip((x·multiplier + offset) / step, low, high), int32; no sum that counts is negative.
 
     A division takes as long as a shift alone, and needs no cast to unsigned integers.
     """
@@ -63,7 +63,7 @@ def IntRequantizeShort(x, multiplier, offset, step, low, high, to: int):
 def IntSumBytesShort(a, b, multiplier, fine_offset, radix, offset, step, low, high, to: int):
     """y = clip((a·multiplier + (b·multiplier + fine_offset) / radix + offset) / step, low, high).
 
-    int32, of sums of the two bytes of codes; what is divided is not negative.
+    int32, of sums of the two bytes of codes; what is divided by ``radix`` is not negative.
     """
     fine = (b * multiplier + fine_offset) / radix
     return op.Cast(op.Clip((a * multiplier + offset + fine) / step, low, high), to=to)
@@ -157,6 +157,38 @@ def IntRotateBy(
 
 
 @script(QNPU, default_opset=op)
+def IntRotateHalves(
+    x, table_a, table_b, offset, shift, low, high, to: int, word: int, unsigned: int
+):
+    """IntRotate of x and of x with the halves of its last axis swapped."""
+    wide = op.Cast(x, to=word)
+    first, second = op.Split(wide, axis=-1, num_outputs=2)
+    turned = op.Concat(second, first, axis=-1) * table_b + wide * table_a
+    sums = op.Cast(turned, to=unsigned) + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
+def IntRotaryTables(cosines, sines, zero_cosines, zero_sines, word: int):
+    """What both halves of a head are multiplied with, of type ``word``: cosines, ∓ sines."""
+    one = op.Cast(cosines, to=word) - zero_cosines
+    other = op.Cast(sines, to=word) - zero_sines
+    return op.Concat(one, one, axis=-1), op.Concat(op.Neg(other), other, axis=-1)
+
+
+@script(QNPU, default_opset=op)
+def IntRotateHalvesBy(
+    x, cosines, sines, zero, multiplier, offset, shift, low, high, to: int, word: int
+):
+    """IntRequantize of c·cosines + t·sines, c = x - zero, t with the halves of c swapped."""
+    centred = op.Cast(x, to=word) - zero
+    first, second = op.Split(centred, axis=-1, num_outputs=2)
+    turned = op.Concat(second, first, axis=-1) * sines + centred * cosines
+    sums = op.Cast(turned, to=_UINT64) * multiplier + offset
+    return op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), low, high), to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntSplit(x, eight):
     """The two bytes of uint16 codes: x = 256·high + low."""
     high = op.Cast(op.BitShift(op.Cast(x, to=_UINT32), eight, direction="RIGHT"), to=_UINT8)
@@ -214,6 +246,17 @@ def IntNormalize(x, numerator, offset, shift, least, most, first, last, far, to:
     sums = op.Cast(x, to=_UINT64) * op.Cast(share, to=_UINT64) + offset
     codes = op.Cast(op.Clip(op.BitShift(sums, shift, direction="RIGHT"), least, most), to=to)
     return op.Slice(codes, first, last, last)
+
+
+@script(QNPU, default_opset=op)
+def IntNormalizeShort(x, ratio, shift, centre, zero, first, last, far, low, high, to: int):
+    """y = clip((x + h·centre - Σe·zero) / 2h), h = Σe·ratio >> shift; Σe as before; int32."""
+    total = op.Squeeze(op.Slice(x, last, far, last), last)
+    wide = op.Cast(total, to=_UINT64) * ratio
+    half = op.Cast(op.BitShift(wide, shift, direction="RIGHT"), to=_INT32)
+    sums = x + op.Unsqueeze(half * centre - total * zero, last)
+    codes = op.Clip(sums / op.Unsqueeze(half + half, last), low, high)
+    return op.Slice(op.Cast(codes, to=to), first, last, last)
 
 
 @script(QNPU, default_opset=op)
@@ -302,10 +345,11 @@ def IntRMSNormShort(
     zero,
     before_last,
     last,
+    both,
     epsilon,
     prescale,
     powers,
-    starts,
+    rises,
     two,
     numerator,
     offset,
@@ -316,19 +360,20 @@ def IntRMSNormShort(
 ):
     """As IntRMSNorm over the last axis, with gains of 1; the last product in 32 bits.
 
-    Σc² is a product of matrices, (1, n) by (n, 1) for each row: faster than ReduceSum by far.
-    Its root comes by three steps of Newton's method, from the middle of the powers around it.
+    Σc² is a product of matrices, (1, n) by (n, 1) for each row: faster than ReduceSum by far. Its
+    root comes by two steps of Newton's method, from the middle of the powers around it, which rises
+    with each of them. Rows are the last dimension meanwhile: operators would go one by one through
+    numbers that are alone in theirs.
     """
     centred = op.Cast(x, to=_INT32) - zero
     wide = op.Cast(centred, to=_INT64)
     squares = op.MatMul(op.Unsqueeze(wide, before_last), op.Unsqueeze(wide, last))
-    energy = squares * prescale + epsilon
-    above = op.Cast(op.GreaterOrEqual(energy, powers), to=_INT64)
-    root0 = op.Gather(starts, op.ReduceSum(above, last, keepdims=1))
+    energy = op.Squeeze(squares, both) * prescale + epsilon
+    above = op.Cast(op.GreaterOrEqual(op.Unsqueeze(energy, last), powers), to=_INT64)
+    root0 = op.MatMul(above, rises)
     root1 = (root0 + energy / root0) / two
     root2 = (root1 + energy / root1) / two
-    root3 = (root2 + energy / root2) / two
-    share = op.Squeeze(op.Cast(numerator / root3, to=_INT32), last)
+    share = op.Unsqueeze(op.Cast(numerator / root2, to=_INT32), last)
     return op.Cast(op.Clip((centred * share + offset) / step, low, high), to=to)
 
 
@@ -382,6 +427,9 @@ _BODIES = (
     IntMul,
     IntRotate,
     IntRotateBy,
+    IntRotateHalves,
+    IntRotaryTables,
+    IntRotateHalvesBy,
     IntSplit,
     IntJoin,
     IntLookup,
@@ -389,6 +437,7 @@ _BODIES = (
     IntSigned,
     IntExponentials,
     IntNormalize,
+    IntNormalizeShort,
     IntWhere,
     IntSoftmax,
     IntReciprocalRoot,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import ceil, isqrt, log
+from math import ceil, isqrt, log, log2
 from typing import Any
 
 import numpy as np
@@ -185,53 +185,113 @@ def softmax_numbers(scale: float, bits: int, result: Encoding) -> SoftmaxNumbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionNumbers:
-    """What an attention counts with that never forms its probabilities.
-
-    y = ((Σ e_j·v_j)·⌊numerator / Σ e_j⌋ >> shift) + z, with e_j = exponentials[d], d being
-    max x - x_j in steps, rounded.
+class Share:
+    """How Σ e·v becomes codes in 64 bits: y = ((Σ e·v)·⌊numerator / Σ e⌋ >> shift) + z.
 
     Attributes:
-        exponentials: round(e_0 · exp(-s_x·step·d)), of two bytes, int64; the last is 0.
-        step: LSB of the scores.
-        numerator: ⌊2^shift · s_v/s_y⌋, divided by each row's sum.
+        numerator: ⌊2^shift · s_v/s_y⌋.
         shift: bits behind the point.
     """
 
-    exponentials: NDArray[np.int64]
-    step: int
     numerator: int
     shift: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ShortShare:
+    """How Σ e·v becomes codes in 32 bits: y = ⌊(Σ e·v + h·(2z + 1)) / 2h⌋, h = Σe·ratio >> shift.
+
+    2h is Σ e · s_y/s_v. Signed results are lifted by ``lift``, so that no sum is negative; of
+    unsigned ones that would change nothing.
+
+    Attributes:
+        ratio: round(2^shift · s_y/2s_v).
+        shift: bits behind the point of h.
+        lift: LSB, vanishes in the cast to codes.
+    """
+
+    ratio: int
+    shift: int
+    lift: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionNumbers:
+    """What an attention counts with that never forms its probabilities.
+
+    y = Σ e_j·v_j / Σ e_j · s_v/s_y + z, with e_j = exponentials[d], d being max x - x_j in steps,
+    rounded.
+
+    Attributes:
+        exponentials: round(e_0 · exp(-s_x·step·d)), of two bytes, int64; the last is 0.
+        step: LSB of the scores.
+        share: how the quotient is made.
+    """
+
+    exponentials: NDArray[np.int64]
+    step: int
+    share: Share | ShortShare
+
+
+@dataclass(frozen=True, slots=True)
+class MixedValues:
+    """What is known of the values that an attention mixes.
+
+    Attributes:
+        scale: s_v, real units per LSB.
+        reach: greatest |code|, LSB.
+        zero_point: of the codes.
+        keys: how many exponentials a row has at most.
+    """
+
+    scale: Fraction
+    reach: int
+    zero_point: int
+    keys: int
+
+
 _MOST_PEAK = (1 << 16) - 1  # two bytes
 _LEAST_PEAK = 1 << 13  # of exponentials that are smaller so that Σ e·v fits int32
+_LEAST_HALF = 1 << 10  # of h, so that a quotient of 8 bits is off by 1/8 LSB at most
+_HALF_SHIFT = 32
 
 
 def attention_numbers(
-    scale: Fraction, value_scale: Fraction, result: Encoding, reach: int
+    scale: Fraction, values: MixedValues, result: Encoding, *, short: bool = False
 ) -> AttentionNumbers:
     """Numbers of an attention.
 
     Args:
         scale: s_x, real units per LSB of a score; above 0.
-        value_scale: s_v, real units per LSB of a value.
+        values: that it mixes.
         result: encoding of what comes out, of 8 bits.
-        reach: greatest Σ |v| there can be over the keys that a row has exponentials of, LSB.
+        short: the quotient in 32 bits, where that is close enough.
     """
-    room = INT32_MAX // reach
+    ratio = values.scale / Fraction(float(result.scale))
+    room = INT32_MAX // (values.keys * values.reach)
+    share: Share | ShortShare | None = None
+    if short:
+        lift = (1 << stored_bits(result.spec)) if result.spec.q_min else 0
+        start = (abs(lift + int(result.zero_point)) + 1) / ratio + abs(values.zero_point)
+        most = min(INT32_MAX // ceil(values.keys * (values.reach + start)), _MOST_PEAK)
+        if most >= _LEAST_PEAK and most / (2 * ratio) >= _LEAST_HALF:
+            bits = _HALF_SHIFT - ceil(1 / ratio).bit_length()
+            share = ShortShare(round_half_up((1 << bits) / (2 * ratio)), bits, lift)
+            room = most
     most = min(room if room >= _LEAST_PEAK else _MOST_PEAK, _MOST_PEAK)
     far = log(2 * most) / float(scale)  # LSB, beyond which an exponential is rounded to 0
     step = ceil(far / ((1 << 16) - 2))
     distances = np.arange(ceil(far / step) + 1) * float(step)
     exponentials = np.rint(np.exp(-float(scale) * distances) * most).astype(np.int64)
     exponentials[-1] = 0
-    ratio = value_scale / Fraction(float(result.scale))
+    return AttentionNumbers(exponentials, step, share or _share(ratio, result.spec))
+
+
+def _share(ratio: Fraction, spec: QuantSpec) -> Share:
     size = (ratio.numerator // ratio.denominator).bit_length()
-    shift = min(most_shift(result.spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
+    shift = min(most_shift(spec), LIFT_BITS - 18 - size)  # |Σ e·v / Σ e| <= 255
     whole = ratio * (1 << shift)
-    numerator = whole.numerator // whole.denominator
-    return AttentionNumbers(exponentials, step, numerator, shift)
+    return Share(whole.numerator // whole.denominator, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,6 +391,26 @@ def norm_numbers(
         shift=shift,
         finer=finer,
     )
+
+
+_ROOT_OCTAVES = 0.75  # octaves between two powers
+
+
+def root_starts(least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where a root of a number from ``least`` to 2^62 begins, so that two steps are enough.
+
+    A start in the middle between two powers is off by 14 % at the most, and by 2^-14 after two
+    steps of Newton's method.
+
+    Returns:
+        Powers, from ``least`` up, and the start for numbers from each of them on, both rising.
+    """
+    count = ceil((LIFT_BITS - log2(least)) / _ROOT_OCTAVES)
+    ends = np.geomspace(float(least), 2.0**LIFT_BITS, count + 1)
+    powers = np.rint(ends[:-1]).astype(np.int64)
+    powers[0] = least
+    middles = np.sqrt(ends[:-1]) * np.sqrt(np.sqrt(ends[1] / ends[0]))
+    return powers, np.maximum(1, np.rint(middles)).astype(np.int64)
 
 
 _SHORT_BITS = 29  # of a product, so that it stays in int32 when 2^30 lifts it above 0

@@ -23,10 +23,12 @@ from qnpu.compiler.verify import verify_stage
 from qnpu.passes.fold_conversions import FoldConversions
 from qnpu.passes.fold_requantize import FoldRequantize
 from qnpu.passes.fold_reshapes import FoldReshapes
+from qnpu.passes.join_halves import JoinHalves
 from qnpu.passes.lower_attention import LowerAttention
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.lower_nonlinear import LowerNonlinear
 from qnpu.passes.lower_rotary import LowerRotary
+from qnpu.passes.widen_sums import WidenSums
 from qnpu.runtime_check.session import Feeds
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def integer_passes(cpu: Cpu) -> list[Pass]:
         LowerNonlinear(),
         FoldRequantize(cpu),
         FoldReshapes(),
+        JoinHalves(),
+        WidenSums(),
     ]
 
 

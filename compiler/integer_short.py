@@ -5,9 +5,11 @@ Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data
     y = clamp(⌊Σ_i a_i · M_i + f + 1/2⌋ + z)
       = clamp(((Σ_i a_i · m_i + ⌊f · 2^k⌋ + 2^(k-1)) >> k) + z)
 
-as Σ a·m and 2^(k-1) are whole. Sums are lifted so that none is negative, and a division by 2^k is a
-shift; the least and the greatest number that each a can be prove that they are below 2^31. Float32
-does the same where products stay below 2^24: there it is exact as well (QLinearMatMul).
+as Σ a·m and 2^(k-1) are whole (of k = 0 nothing is rounded). A division by 2^k is a shift where no
+sum is negative, so signed results are lifted; of unsigned ones, what is negative is cut towards 0,
+and clamped to 0 either way. The least and the greatest number that each a can be prove that sums
+are within 32 bits. Float32 does the same where products stay below 2^24: there it is exact as well
+(QLinearMatMul).
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ class ShortPoint:
     Attributes:
         multipliers: m, one array per term, int64, shape () or (channels,).
         shift: k.
-        start: ⌊f · 2^k⌋ + 2^(k-1), int64, shape () or (channels,).
-        lift: added to results, LSB, so that no sum is negative; it vanishes in the cast to codes.
+        start: ⌊f · 2^k + 2^k/2⌋, int64, shape () or (channels,).
+        lift: added to signed results, LSB, so that no sum is negative; it vanishes in the cast to
+            codes.
     """
 
     multipliers: tuple[NDArray[np.int64], ...]
@@ -81,9 +84,9 @@ def short_point(
 
 
 def _bits_behind(ratio: Fraction) -> int:
-    """k of m·2^-k, one at least; -1 where there is none."""
+    """k of m·2^-k; -1 where there is none."""
     denominator = ratio.denominator
-    return max(1, denominator.bit_length() - 1) if denominator & (denominator - 1) == 0 else -1
+    return denominator.bit_length() - 1 if denominator & (denominator - 1) == 0 else -1
 
 
 def _lifted(
@@ -97,7 +100,7 @@ def _lifted(
     """One shift and one lift for all channels, so that all are clipped alike."""
     unit = 1 << shift
     factors = [[int(_at(t.ratios, c) * unit) for c in range(count)] for t in terms]
-    starts = [floor(_at(addends, c) * unit) + unit // 2 for c in range(count)]
+    starts = [floor(_at(addends, c) * unit + Fraction(unit, 2)) for c in range(count)]
     least, most = 0, 0
     for c, start in enumerate(starts):
         ends = [
@@ -108,7 +111,7 @@ def _lifted(
         least = min(least, sum(map(min, ends)) + fixed)
         most = max(most, sum(map(max, ends)) + fixed)
     lift = _whole_lift(least, unit, spec)
-    if most + lift * unit >= _WORD:
+    if most + lift * unit >= _WORD or least + lift * unit < -_WORD:
         return None
     return ShortPoint(
         multipliers=tuple(_array(numbers) for numbers in factors),
@@ -180,13 +183,18 @@ def split_point(
         least = min(least, min(pair) + ((min(pair) + start) >> 8) + fixed)
         most = max(most, max(pair) + ((max(pair) + start) >> 8) + fixed)
     lift = _whole_lift(least, coarse, spec)
-    if most + lift * coarse >= _WORD:
+    if most + lift * coarse >= _WORD or least + lift * coarse < -_WORD:
         return None
     return SplitPoint(_array(factors), shift, _array(starts), fine_lift, lift)
 
 
 def _whole_lift(least: int, unit: int, spec: QuantSpec) -> int:
-    """What keeps sums from ``least`` up, at 1/unit LSB, from being negative; vanishes in a cast."""
+    """What keeps sums from ``least`` up, at 1/unit LSB, from being negative; vanishes in a cast.
+
+    Nothing where codes are unsigned: a sum below 0 gives 0, however it is divided.
+    """
+    if not spec.q_min:
+        return 0
     size = 1 << stored_bits(spec)
     return -(-max(-spec.q_min, -(least // unit)) // size) * size
 

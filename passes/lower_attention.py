@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -16,12 +17,19 @@ from qnpu.compiler.integer_arguments import (
     exponentials_arguments,
     join_arguments,
     normalize_arguments,
+    short_normalize_arguments,
     signed_arguments,
     split_arguments,
 )
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_math import INT32_MAX, AttentionNumbers, attention_numbers
+from qnpu.compiler.integer_math import (
+    INT32_MAX,
+    AttentionNumbers,
+    MixedValues,
+    ShortShare,
+    attention_numbers,
+)
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quantized_attention import Block, QuantizedAttention
 from qnpu.compiler.quantized_results import CodedResult, NarrowedResult, coded_results
@@ -40,15 +48,18 @@ class LowerAttention(Pass):
 
         DQ(q) · DQ(k) → Q → DQ → Mul(c) → Q → DQ       MatMulInteger(q, k)
           → Add(mask) → Q → DQ → Softmax → Q → DQ  →   qnpu.IntExponentials
-          → MatMul(DQ(v)) → Q                          2 MatMulInteger, qnpu.IntNormalize
+          → MatMul(DQ(v)) → Q                          2 MatMulInteger, qnpu.IntJoin
+                                                       qnpu.IntNormalize, or …Short
 
     e_j = exp(-s·(max x - x_j)) from a table, as 15 or 16 bits;
     y = ⌊Σ e_j·v_j / Σ e_j · s_v/s_y + 1/2⌋ + z. Scores stay sums in 32 bits, and the division
     comes last, of as many numbers as come out: neither scores nor probabilities are rounded or
     clipped on the way, so this is nearer to the float graph than the Q/DQ graph is. Σ e_j is one
-    more column of the values, all ones. Codes that are only moved and then narrowed are narrow
-    from the beginning. Where a constant mask hides keys from whole groups of queries, as a causal
-    one does, those are left out. Keys and values that serve several heads are not copied.
+    more column of the values, all ones. Of many queries the division takes 32 bits, where there are
+    so few keys that 13 bits are left for an exponential. Codes that are only moved and then
+    narrowed are narrow from the beginning. Where a constant mask hides keys from whole groups of
+    queries, as a causal one does, those are left out. Keys and values that serve several heads are
+    not copied.
 
     Must not fire where results stay at 16 bits, as an exponential's error would show there, or have
     4, of which one that is off weighs much: each of the Q/DQ graph's roundings is kept then. Nor
@@ -86,12 +97,8 @@ def _lowered(
 ) -> ir.Value:
     node, result = attention.mix, narrowed.result
     lowering = _Lowering.of(editor, attention, result)
-    rows = [lowering.rows(block) for block in attention.blocks()]
-    codes, shape = rows[0], static_shape(node.outputs[0]) or ()
-    if len(rows) > 1:
-        like = _like(result.codes, "", codes.dtype, (*lowering.heads, *shape[-2:]))
-        codes = editor.joined(rows, like, axis=-2, before=node)
-    codes = _reshaped(editor, codes, shape, node)
+    codes = lowering.normalized([lowering.sums(block) for block in attention.blocks()])
+    codes = _reshaped(editor, codes, static_shape(node.outputs[0]) or (), node)
     for layout in narrowed.layouts:
         codes = _moved(editor, layout, codes, node)
     return codes
@@ -106,7 +113,6 @@ class _Lowering:
         attention: what is lowered.
         result: what it gives.
         numbers: that it counts with.
-        reach: greatest Σ |v| there can be, LSB.
         heads: all but the last two dimensions of the scores.
         queries: parts of the queries, 8 bits, shape (…, S, D), and the zero point of each.
         keys: 8 bits, shape (…, D, T), and their zero point.
@@ -117,7 +123,6 @@ class _Lowering:
     attention: QuantizedAttention
     result: CodedResult
     numbers: AttentionNumbers
-    reach: int
     heads: tuple[int, ...]
     queries: list[tuple[ir.Value, int]]
     keys: tuple[ir.Value, int]
@@ -143,7 +148,8 @@ class _Lowering:
                 for part, zero in parts
             ]
         zeros = [attention.keys.zero_point, attention.values.zero_point]
-        if editor.cpu is Cpu.VNNI and attention.shape[-2] >= _MANY_QUERIES:
+        many = attention.shape[-2] >= _MANY_QUERIES
+        if editor.cpu is Cpu.VNNI and many:
             keys, zeros[0] = _signed(editor, keys, zeros[0], node)
             values, zeros[1] = _signed(editor, values, zeros[1], node)
         keys, zeros[0] = editor.beside(parts[0][0].dtype, keys, zeros[0], before=node)
@@ -152,24 +158,26 @@ class _Lowering:
         if shared is not None:
             keys = _transposed(editor, keys, node) if shared[0].transposed else keys
             keys, values = (_one_more_axis(editor, item, node) for item in (keys, values))
-        reach = attention.shape[-1] * (_HALF if values.dtype is ir.DataType.INT8 else 255)
-        numbers = attention_numbers(
-            attention.scale, Fraction(attention.values.scale), result.encoding, reach
+        mixed = MixedValues(
+            scale=Fraction(attention.values.scale),
+            reach=_reach(values),
+            zero_point=zeros[1],
+            keys=attention.shape[-1],
         )
+        numbers = attention_numbers(attention.scale, mixed, result.encoding, short=many)
         return cls(
             editor,
             attention,
             result,
             numbers,
-            reach,
             heads,
             parts,
             (keys, zeros[0]),
             (values, zeros[1]),
         )
 
-    def rows(self, block: Block) -> ir.Value:
-        """What comes out for some queries: codes, shape (…, queries, E)."""
+    def sums(self, block: Block) -> ir.Value:
+        """Σ e·v of some queries and, in the last column, Σ e; shape (…, queries, E + 1)."""
         editor, node, numbers = self.editor, self.attention.mix, self.numbers
         shape = (*self.heads, block.queries, block.keys)
         scores = self._scores(block, shape)
@@ -183,24 +191,38 @@ class _Lowering:
         )
         maker = first.producer()
         values = self._cut(self.values[0], -2, block.first_key, block.end_key)
-        width = (static_shape(self.values[0]) or (1,))[-1]
-        sums = _like(self.result.codes, "", ir.DataType.INT32, (*shape[:-1], width))
-        spec = self.result.encoding.spec
+        sums = _like(self.result.codes, "", ir.DataType.INT32, (*shape[:-1], self._width))
         parts = [
             editor.accumulator("MatMulInteger", [part, values], sums, before=node)
             for part in (maker.outputs if maker is not None else ())
         ]
         kind: type[np.signedinteger[Any]] = np.int32
-        if int(numbers.exponentials[0]) * self.reach > INT32_MAX:
+        peak = int(numbers.exponentials[0])
+        if peak * self.attention.shape[-1] * _reach(self.values[0]) > INT32_MAX:
             parts, kind = [editor.wide(part, before=node) for part in parts], np.int64
         sums.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(kind)))
-        return editor.call(
-            "IntNormalize",
-            [editor.call("IntJoin", parts, join_arguments(kind), sums, before=node)],
-            normalize_arguments(numbers, self.values[1], self.result.zero_point, spec),
-            _like(self.result.codes, "", spec.dtype, (*shape[:-1], width - 1)),
-            before=node,
-        )
+        return editor.call("IntJoin", parts, join_arguments(kind), sums, before=node)
+
+    def normalized(self, blocks: Sequence[ir.Value]) -> ir.Value:
+        """Codes of all queries, shape (…, S, E), from the sums of each block."""
+        editor, node, share = self.editor, self.attention.mix, self.numbers.share
+        spec, zeros = self.result.encoding.spec, (self.values[1], self.result.zero_point)
+        shape, sums = (*self.heads, self.attention.shape[-2]), blocks[0]
+        if len(blocks) > 1:
+            like = _like(self.result.codes, "", sums.dtype, (*shape, self._width))
+            sums = editor.joined(blocks, like, axis=-2, before=node)
+        if isinstance(share, ShortShare):
+            function = "IntNormalizeShort"
+            arguments = short_normalize_arguments(share, *zeros, spec)
+        else:
+            function, arguments = "IntNormalize", normalize_arguments(share, *zeros, spec)
+        like = _like(self.result.codes, "", spec.dtype, (*shape, self._width - 1))
+        return editor.call(function, [sums], arguments, like, before=node)
+
+    @property
+    def _width(self) -> int:
+        """E + 1."""
+        return (static_shape(self.values[0]) or (1,))[-1]
 
     def _scores(self, block: Block, shape: tuple[int, ...]) -> ir.Value:
         """Queries times keys, int32."""
@@ -249,6 +271,11 @@ class _Lowering:
             shape[axis] = end - start
             cut.shape = ir.Shape(shape)
         return cut
+
+
+def _reach(values: ir.Value) -> int:
+    """Greatest |code|, LSB."""
+    return _HALF if values.dtype is ir.DataType.INT8 else 255
 
 
 def _moved(editor: IntegerEditor, node: ir.Node, codes: ir.Value, before: ir.Node) -> ir.Value:

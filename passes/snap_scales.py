@@ -35,13 +35,15 @@ from qnpu.compiler.scale_grid import (
 from qnpu.passes.unify_encodings import merged_encoding
 
 _SUM_BITS = 1  # of the residual stream's scales: powers of two
-_OPERAND_BITS = 4  # of what is added to it
+_OPERAND_BITS = 4  # of what is added to it, where its own steps are the larger ones
 _FACTOR_BITS = {8: 5, 16: 3}  # of the input of a linear that makes such an operand, by its bits
 _INPUT_BITS = 10  # of other linears' inputs: room for t and for n in 24 bits
 _RESULT_BITS = {8: 5, 16: 4}  # t of a result, by its own bits
 _WEIGHT_BITS = (WEIGHT_BITS, 4, 3, 2, 1)  # n of a weight's channel: the most that can be
 _INTEGER_CHOICES = 3  # of these: where all channels are to have less, 64 bits are better
+_POINT_BITS = 31  # behind the point, and of a zero point before it
 _NO_BITS = 64
+_WIDE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,17 @@ class SnapScales(Pass):
     (``qnpu.compiler.integer_short``), or float32 without error. Where y is added to the residual
     stream, s_y = t·2^b and s_x = X·2^a, 16 ≤ X < 32 or, where x has 16 bits, 4 ≤ X < 8, and
     M_c = X·n_c·2^-k_c. Scales of the residual
-    stream are powers of two, so that either operand of its Adds is shifted, times t. n has fewer
-    bits where sums would leave 32 bits else; where three are too many the weight is left alone.
+    stream are powers of two, so that either operand of its Adds is shifted, times t. What is added
+    with 16 bits, and read by nothing else, takes the sum's scale where that is the larger one: the
+    sum would round it to that all the same, so it is rounded once, and the Add multiplies nothing.
+    n has fewer bits where sums would leave 32 bits else; where three are too many the weight is
+    left alone.
     Where y has 8 bits a channel has fewer where float32 would round else: one whose ratio is small.
 
     Scales only ever grow, and zero points stay, so nothing is clipped that was not before. A step
     grows by 6 % at the most, 3 % on average (a weight that few bits are left for: 12, 6; the
-    16-bit residual stream: half of a bit on average; what is added to it, and 16-bit inputs of
-    linears that make that: 25, 12; inputs of other linears: 0.1 %).
+    16-bit residual stream: half of a bit on average; what is added to it: up to that stream's
+    step; 16-bit inputs of linears that make that: 25, 12; inputs of other linears: 0.1 %).
 
     Of ratios of few bits one result in 2^k lies exactly halfway between two codes. A Q/DQ graph
     that is run on floats rounds such a one either way, by the order it sums in; integers do not.
@@ -84,17 +89,21 @@ class SnapScales(Pass):
         graph, table = compilation.graph, compilation.encodings
         groups = _Groups(graph, table)
         linears = [linear for node in graph if (linear := _plain_linear(node)) is not None]
-        for node in _residual_adds(graph):
-            if groups.bits(node.outputs[0]) == 16:
-                groups.ask(node.outputs[0], _SUM_BITS)
-                for value in node.inputs:
-                    groups.ask(value, _OPERAND_BITS)
+        sums = [n for n in _residual_adds(graph) if groups.bits(n.outputs[0]) == _WIDE_BITS]
+        for node in sums:
+            groups.ask(node.outputs[0], _SUM_BITS)
+            for value in node.inputs:
+                groups.ask(value, _OPERAND_BITS)
         for linear in linears:
             bits = _INPUT_BITS
             if groups.is_asked(linear.node.outputs[0]):
                 bits = _FACTOR_BITS.get(groups.bits(linear.activation), bits)
             groups.ask(linear.activation, bits)
         count = groups.snap_asked()
+        for node in sums:
+            for value in node.inputs:
+                if value is not None and len(computing_uses(value)) == 1:
+                    count += groups.meet(value, node.outputs[0])
         for linear in linears:
             count += groups.snap_result(linear)
         seen: set[ir.Value] = set()
@@ -169,6 +178,13 @@ class _Groups:
         """Gives all that was asked for; says how many encodings changed."""
         return sum(self._raise(value, bits) for value, bits in self._asked.items())
 
+    def meet(self, value: ir.Value, sums: ir.Value) -> int:
+        """Gives a 16-bit value the scale of what it is added up to, where that is larger."""
+        own, goal = self.encoding(value), self.encoding(sums)
+        if own is None or goal is None or own.spec.bits != _WIDE_BITS or goal.scale <= own.scale:
+            return 0
+        return self._set(value, with_larger_scale(own, goal.scale))
+
     def snap_result(self, linear: Linear) -> int:
         """Makes s_y = s_x · t · 2^b, unless something else is asked of y."""
         taken, result = self.encoding(linear.activation), linear.node.outputs[0]
@@ -181,10 +197,14 @@ class _Groups:
         return self._raise(result, bits, taken.scale.item())
 
     def _raise(self, value: ir.Value, bits: int, factor: float = 1.0) -> int:
-        encoding, count = self.encoding(value), 0
+        encoding = self.encoding(value)
         if encoding is None:
             return 0
-        raised = with_larger_scale(encoding, few_bits_above(encoding.scale, bits, factor))
+        scale = few_bits_above(encoding.scale, bits, factor)
+        return self._set(value, with_larger_scale(encoding, scale))
+
+    def _set(self, value: ir.Value, raised: Encoding) -> int:
+        count = 0
         for name in map(name_of, self._group[value]):
             if name in self._table and not self._table[name].same_as(raised):
                 self._table[name] = raised
@@ -254,12 +274,26 @@ class _Weight:
         return None
 
     def for_integers(self, factor: int) -> Encoding | None:
-        """Scales with which sums fit 32 bits, of as many bits as that allows."""
+        """Scales with which sums fit 32 bits, of as many bits as that allows.
+
+        A ratio with so many bits behind the point that the zero point alone fills 32 has fewer:
+        its weights are small against a step of y.
+        """
         for bits in _WEIGHT_BITS[:_INTEGER_CHOICES]:
-            new = with_larger_scale(self.old, few_bits_above(self.old.scale, bits, factor))
-            if self._fits(new):
-                return new
+            scales = few_bits_above(self.old.scale, bits, factor)
+            for behind in (_POINT_BITS, _POINT_BITS - 1):
+                grid = self._grid(factor, behind - int(self.given.zero_point).bit_length())
+                coarse = np.ceil(self.old.scale / grid) * grid
+                new = with_larger_scale(self.old, np.maximum(scales, coarse).astype(np.float32))
+                if self._fits(new):
+                    return new
         return None
+
+    def _grid(self, factor: int, behind: int) -> float:
+        """The scale of which multiples have ratios of no more bits behind the point."""
+        (ratio,) = exact_ratios([self.taken.scale, np.float32(factor)], self.given.scale)
+        own = ratio.denominator.bit_length() - (ratio.numerator & -ratio.numerator).bit_length()
+        return float(np.ldexp(float(factor), own - behind))
 
     def _codes(self, weight: Encoding) -> np.ndarray:
         """Shape (features, channels); of blocks times their block scales."""

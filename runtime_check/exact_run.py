@@ -123,9 +123,12 @@ def _integer_step(unit: Unit, integer: ir.Model) -> _Step:
     """The integer graph's nodes in their place."""
     proto = subgraph_proto(unit.nodes, list(unit.takes), [unit.result], integer)
     session = open_session(proto, Mode.REFERENCE)
+    dtype = unit.reference.dtype
+    assert dtype is not None  # else it would be no pair
 
     def step(codes: Feeds) -> Array:
-        feeds = {name_of(value): codes[name] for value, name in unit.takes.items()}
-        return run(session, [name_of(unit.result)], feeds)[0]
+        feeds = unit.feeds(codes)
+        made = run(session, [name_of(unit.result)], feeds)[0]
+        return made.astype(dtype.numpy(), copy=False)
 
     return step

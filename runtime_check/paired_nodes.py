@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import name_of
 from qnpu.compiler.op_traits import is_float, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
+from qnpu.runtime_check.session import Array
 
 _KINDS = {
     "Add": "add",
@@ -33,11 +35,20 @@ EXACT_KINDS = frozenset({"add", "conversion", "layout", "linear"})
 """Kinds of which the integer function gives the Q/DQ graph's codes, every rounding included."""
 _KINDS_OF_FUNCTIONS = {
     "IntNormalize": "attention",
+    "IntNormalizeShort": "attention",
     "IntRotate": "rotary",
     "IntRotateBy": "rotary",
+    "IntRotateHalves": "rotary",
+    "IntRotateHalvesBy": "rotary",
 }
 
 _ROUNDED_ONCE = frozenset({"attention", "rotary"})
+
+
+class CodesByName(Protocol):
+    """Arrays of codes by name."""
+
+    def __getitem__(self, name: str, /) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +116,19 @@ class Unit:
         left_out = within if self.kind in _ROUNDED_ONCE else self._conversions
         return tuple(node for node in within if node in left_out)
 
+    def feeds(self, codes: CodesByName) -> dict[str, Array]:
+        """What its integer nodes take, by name, in the types they take it in.
+
+        Args:
+            codes: of the Q/DQ graph, by name.
+        """
+        return {
+            name_of(value): codes[name]
+            if value.dtype is None
+            else codes[name].astype(value.dtype.numpy(), copy=False)
+            for value, name in self.takes.items()
+        }
+
     @property
     def _conversions(self) -> list[ir.Node]:
         """QuantizeLinear nodes that a result goes through before its last one, latest first."""
@@ -163,9 +187,15 @@ def _pairs(qdq: ir.Graph, integer: ir.Graph) -> dict[ir.Value, ir.Value]:
             if node.op_type != QUANTIZE and name not in ends:
                 continue
             twin = theirs.get(name) or theirs.get(ends.get(name, ""))
-            if twin is not None and twin.dtype is value.dtype and _fills_bytes(value):
+            if twin is not None and _holds(twin, value) and _fills_bytes(value):
                 pairs[value] = twin
     return pairs
+
+
+def _holds(twin: ir.Value, value: ir.Value) -> bool:
+    """True for the same type of codes, and where 32 bits hold those of 16 (widen-sums)."""
+    wide = twin.dtype is ir.DataType.INT32 and value.dtype is ir.DataType.UINT16
+    return wide or twin.dtype is value.dtype
 
 
 def _ends(qdq: ir.Graph) -> dict[str, str]:

@@ -286,7 +286,7 @@ def _compare(
         exact = _run(executor, inputs, unit.exact) / grid.scale
         codes[name_of(unit.reference)] = grid.rounded(exact, unit.reference)
         if session is not None:
-            feeds = {name_of(value): codes[name] for value, name in unit.takes.items()}
+            feeds = unit.feeds(codes)
             got = dict(feeds)
             names = [name_of(value) for value in outputs]
             got |= zip(names, run(session, names, feeds), strict=True)
@@ -310,7 +310,7 @@ def _tensor_parity(unit: Unit, tally: _Tally, max_lsb_rounded: int) -> TensorPar
         node=name_of(node or unit.quantize or unit.result),
         functions=tuple(dict.fromkeys(item.op_type for item in unit.nodes)),
         kind=unit.kind,
-        bits=unit.result.dtype.bitwidth if unit.result.dtype is not None else 0,
+        bits=unit.reference.dtype.bitwidth if unit.reference.dtype is not None else 0,
         elements=int(tally.histogram.sum()),
         histogram=tuple(tally.histogram.tolist()),
         max_lsb=tally.max_lsb,

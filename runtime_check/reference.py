@@ -22,7 +22,10 @@ from qnpu.compiler.integer_math import (
     FixedPoint,
     NormNumbers,
     RotaryNumbers,
+    Share,
+    ShortShare,
     SoftmaxNumbers,
+    root_starts,
 )
 from qnpu.compiler.integer_short import ShortPoint, SplitPoint
 from qnpu.compiler.quant_types import QuantSpec
@@ -111,6 +114,40 @@ def rotate_by(
     return requantize(a * cosines + sign * b * sines, ratio, zero_point, spec)
 
 
+def rotate_halves(
+    codes: Codes,
+    zero: int,
+    halves: tuple[RotaryNumbers, RotaryNumbers],
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """Both halves of the last axis, each by ``rotate`` with the other one."""
+    one, other = np.split(codes, 2, axis=-1)
+    turned = [
+        rotate(operands, (zero, zero), numbers, zero_point, spec)
+        for operands, numbers in zip(((one, other), (other, one)), halves, strict=True)
+    ]
+    return np.concatenate(turned, axis=-1)
+
+
+def rotate_halves_by(
+    operands: tuple[Codes, Codes, Codes],
+    zero_points: tuple[int, int, int],
+    ratio: FixedPoint,
+    zero_point: int,
+    spec: QuantSpec,
+) -> Codes:
+    """Both halves of the last axis by ``rotate_by``: a·cos - b·sin and b·cos + a·sin."""
+    codes, cosines, sines = operands
+    zeros = zero_points[0], *zero_points
+    one, other = np.split(codes, 2, axis=-1)
+    turned = [
+        rotate_by((*pair, cosines, sines), zeros, sign, ratio, zero_point, spec)
+        for pair, sign in (((one, other), -1), ((other, one), 1))
+    ]
+    return np.concatenate(turned, axis=-1)
+
+
 def _rounded(
     numbers: Sequence[Codes],
     high: Sequence[Any],
@@ -163,23 +200,27 @@ def attention(
     weights: Int64,
     values: Codes,
     value_zero: int,
-    numbers: AttentionNumbers,
+    share: Share | ShortShare,
     zero_point: int,
     spec: QuantSpec,
 ) -> Codes:
-    """y = clamp(⌊(Σ_j e_j·v_j·⌊numerator / Σe⌋ - z_v·numerator) / 2^shift + 1/2⌋ + z).
+    """y = clamp(⌊Σ_j e_j·(v_j - z_v) / Σe · s_v/s_y + 1/2⌋ + z), as ``share`` says.
 
     Args:
         weights: e, shape (…, S, T).
         values: codes, shape (…, T, D).
         value_zero: z_v.
-        numbers: of the attention.
+        share: of the attention.
         zero_point: z of the result.
         spec: of the result.
     """
-    share = numbers.numerator // weights.sum(axis=-1, keepdims=True)
-    sums = weights @ values.astype(np.int64) * share - value_zero * numbers.numerator
-    return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)
+    total = weights.sum(axis=-1, keepdims=True)
+    sums = weights @ values.astype(np.int64)
+    if isinstance(share, ShortShare):
+        half = total * share.ratio >> share.shift
+        return _codes((sums - value_zero * total + half) // (2 * half), zero_point, spec)
+    sums = sums * (share.numerator // total) - value_zero * share.numerator
+    return _codes((sums + (1 << (share.shift - 1))) >> share.shift, zero_point, spec)
 
 
 def reciprocal_root(numbers: Int64, numerator: int) -> Int64:
@@ -209,15 +250,12 @@ def rms_norm(
 def short_rms_norm(
     codes: Codes, zero: int, numbers: NormNumbers, zero_point: int, spec: QuantSpec
 ) -> Codes:
-    """As ``rms_norm`` with gains of 1; the root whole, by three steps of Newton's method.
-
-    They begin at ¾·2^j, where 4^j is the power of four above.
-    """
+    """As ``rms_norm`` with gains of 1; the root whole, by two steps from ``root_starts``."""
     centred = codes.astype(np.int64) - zero
     energy = (centred * centred).sum(axis=-1, keepdims=True) * numbers.prescale + numbers.epsilon
-    size = (energy[..., None] >= 4 ** np.arange(31, dtype=np.int64)).sum(axis=-1).astype(np.int64)
-    root = np.maximum(1, 3 << size >> 2)
-    for _ in range(3):
+    powers, starts = root_starts(numbers.epsilon)
+    root = starts[np.searchsorted(powers, energy, side="right") - 1]
+    for _ in range(2):
         root = (root + energy // root) // 2
     sums = centred * (numbers.numerator // root)
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)

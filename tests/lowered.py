@@ -35,16 +35,22 @@ class Lowered:
     feeds: list[Feeds]
 
 
-def lowered(architecture: str, scheme: str) -> Lowered:
-    """A tiny decoder; a new copy at each call."""
-    made = _lowered(architecture, scheme)
+def lowered(architecture: str, scheme: str, *, integer: bool = False) -> Lowered:
+    """A tiny decoder; a new copy at each call.
+
+    Args:
+        architecture: of ``tests.decoders``.
+        scheme: bits.
+        integer: scales are snapped for the integer graph.
+    """
+    made = _lowered(architecture, scheme, integer)
     return Lowered(made.qdq.clone(), made.integer.clone(), made.feeds)
 
 
 @lru_cache(maxsize=32)
-def _lowered(architecture: str, scheme: str) -> Lowered:
+def _lowered(architecture: str, scheme: str, integer: bool) -> Lowered:
     compilation = Compilation(canonical(architecture))
-    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest")
+    config = CompileConfig(scheme=scheme, seq_len=LENGTH, weights="nearest", integer=integer)
     passes = default_passes(config, WINDOWS)
     first = [item.name for item in passes].index(FoldNormScale.name)
     run_passes(passes[first:], compilation, after_pass=lambda done: None)

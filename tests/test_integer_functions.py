@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -23,12 +24,15 @@ from qnpu.compiler.integer_arguments import (
     rotate_by_arguments,
     short_arguments,
     short_norm_arguments,
+    short_normalize_arguments,
     signed_arguments,
     softmax_arguments,
     sum_bytes_arguments,
 )
 from qnpu.compiler.integer_math import (
+    MixedValues,
     NormShape,
+    ShortShare,
     attention_numbers,
     exact_ratios,
     fixed_point,
@@ -191,6 +195,59 @@ def test_rotate(kind: QuantSpec, spec: QuantSpec) -> None:
     assert len(np.unique(found)) > 80
 
 
+@pytest.mark.parametrize("kind", [U8, U16], ids=str)
+@each_spec
+def test_rotate_halves(kind: QuantSpec, spec: QuantSpec) -> None:
+    given, zero = codes(kind, 5, 6, 16), (spec.q_min + spec.q_max) // 2
+    angles = np.outer(np.arange(6), 0.3 ** np.arange(8))
+    ratio = 0.8 * 2.0 ** (spec.bits - kind.bits)
+    cosines, sines = ratio * np.cos(angles), ratio * np.sin(angles)
+    reach = 255 if kind.bits == 8 else 65535
+    first, second = (
+        rotary_numbers(tables, (reach, reach), result(spec, 1.0))
+        for tables in ((cosines, -sines), (cosines, sines))
+    )
+    parts = [rotate_arguments(numbers, (100, 100), zero, spec) for numbers in (first, second)]
+    arguments = parts[0] | {
+        name: np.concatenate([part[name] for part in parts], axis=-1)
+        for name in ("table_a", "table_b", "offset")
+    }
+    kinds = first.tables[0].dtype, arguments["offset"].dtype
+    word, unsigned = (int(ir.DataType.from_numpy(item)) for item in kinds)
+    found = call("IntRotateHalves", [given], arguments, spec.dtype, word=word, unsigned=unsigned)[0]
+    twin = reference.rotate_halves(given, 100, (first, second), zero, spec)
+    np.testing.assert_array_equal(found, twin)
+    assert len(np.unique(found)) > 80
+
+
+@pytest.mark.parametrize("kind", [U8, U16], ids=str)
+@each_spec
+def test_rotate_halves_by(kind: QuantSpec, spec: QuantSpec) -> None:
+    """By tables that IntRotaryTables puts together."""
+    given = codes(kind, 2, 5, 16), codes(U16, 5, 8, seed=2), codes(S16, 5, 8, seed=3)
+    zeros, zero = (100, 30000, -7), (spec.q_min + spec.q_max) // 2
+    bound = 2 ** (kind.bits + 16)
+    ratio = Fraction(3 << spec.bits, 4 * bound)
+    fixed = fixed_point([ratio], [2 * bound], result(spec), close=Fraction(1, 256))
+    word = np.int32 if kind.bits == 8 else np.int64
+    kept = rotate_by_arguments(fixed, (zeros[0], *zeros), 1, zero, spec, word)
+    tables = {
+        name: np.array(z, word)
+        for name, z in zip(("zero_cosines", "zero_sines"), zeros[1:], strict=True)
+    }
+    attribute = {"word": int(ir.DataType.from_numpy(np.dtype(word)))}
+    whole = call("IntRotaryTables", given[1:], tables, ir.DataType(attribute["word"]), **attribute)
+    centred = given[1].astype(np.int64) - zeros[1], given[2].astype(np.int64) - zeros[2]
+    np.testing.assert_array_equal(whole[0], np.concatenate([centred[0]] * 2, axis=-1))
+    np.testing.assert_array_equal(whole[1], np.concatenate([-centred[1], centred[1]], axis=-1))
+    arguments = {"zero": kept["zero_a"]} | {
+        name: kept[name] for name in ("multiplier", "offset", "shift", "low", "high")
+    }
+    found = call("IntRotateHalvesBy", [given[0], *whole], arguments, spec.dtype, **attribute)[0]
+    twin = reference.rotate_halves_by(given, zeros, fixed, zero, spec)
+    np.testing.assert_array_equal(found, twin)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("kind", [U8, U16], ids=str)
 @each_spec
@@ -265,8 +322,9 @@ def test_signed() -> None:
 
 @pytest.mark.parametrize("spec", [U8, S8], ids=str)
 @pytest.mark.parametrize("scale", [Fraction(1, 50), Fraction(1, 10**6)], ids=["coarse", "fine"])
-@pytest.mark.parametrize("reach", [1 << 10, 1 << 17, 1 << 20])
-def test_attention(spec: QuantSpec, scale: Fraction, reach: int) -> None:
+@pytest.mark.parametrize("keys", [60, 1 << 10, 1 << 13])
+@pytest.mark.parametrize("short", [False, True])
+def test_attention(spec: QuantSpec, scale: Fraction, keys: int, short: bool) -> None:
     """Exponentials and their share, of rows with a mask, and of one where all is masked."""
     generator = np.random.default_rng(0)
     most = 20 * scale.denominator
@@ -275,26 +333,56 @@ def test_attention(spec: QuantSpec, scale: Fraction, reach: int) -> None:
     mask = np.stack([mask, np.full(60, -50 * scale.denominator, np.int32)])[[0] * 19 + [1]]
     values = codes(S8, 3, 60, 8)
     zero, step = (spec.q_min + spec.q_max) // 3, 2.0 ** (1 - spec.bits)
-    numbers = attention_numbers(scale, Fraction(1, 128), result(spec, step), reach)
+    mixed = MixedValues(Fraction(1, 128), 128, 5, keys)
+    numbers = attention_numbers(scale, mixed, result(spec, step), short=short)
     assert (numbers.step > 1) == (scale < Fraction(1, 10**5))
+    fits = keys == 60 or (keys == 1 << 10 and not spec.signed)
+    assert isinstance(numbers.share, ShortShare) == (short and fits)
     arguments = exponentials_arguments(numbers, scores.size)
     parts = call("IntExponentials", [scores, mask], arguments, U8.dtype)
     weights = reference.exponentials(scores, mask, numbers)
     np.testing.assert_array_equal(256 * parts[0].astype(np.int64) + parts[1], weights)
-    peak = {1 << 10: 65535, 1 << 17: 16383, 1 << 20: 65535}[reach]
-    assert weights[..., :40].max() == weights.max() == peak
+    peak = int(weights.max())
+    assert weights[..., :40].max() == peak == numbers.exponentials[0]
     columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)
-    kind = np.int32 if peak * reach < 1 << 31 else np.int64
+    kind = np.int32 if peak * keys * 128 < 1 << 31 else np.int64
+    assert peak >= 1 << 13
     sums = [(part.astype(np.int64) @ columns).astype(kind) for part in parts]
     joined = call("IntJoin", sums, join_arguments(kind), ir.DataType.from_numpy(np.dtype(kind)))
     np.testing.assert_array_equal(joined[0], weights @ columns)
-    shares = normalize_arguments(numbers, 5, zero, spec)
-    found = call("IntNormalize", joined, shares, spec.dtype)[0]
-    twin = reference.attention(weights, values, 5, numbers, zero, spec)
+    if isinstance(numbers.share, ShortShare):
+        shares = short_normalize_arguments(numbers.share, 5, zero, spec)
+        found = call("IntNormalizeShort", joined, shares, spec.dtype)[0]
+    else:
+        shares = normalize_arguments(numbers.share, 5, zero, spec)
+        found = call("IntNormalize", joined, shares, spec.dtype)[0]
+    twin = reference.attention(weights, values, 5, numbers.share, zero, spec)
     np.testing.assert_array_equal(found, twin)
     real = np.exp(float(scale) * (scores + mask - (scores + mask).max(axis=-1, keepdims=True)))
-    mixed = real @ (values - 5.0) / real.sum(axis=-1, keepdims=True) / 128 / step + zero
-    assert np.abs(found - np.clip(mixed, spec.q_min, spec.q_max)).max() < 0.52
+    mixed_real = real @ (values - 5.0) / real.sum(axis=-1, keepdims=True) / 128 / step + zero
+    assert np.abs(found - np.clip(mixed_real, spec.q_min, spec.q_max)).max() < 0.55
+
+
+@pytest.mark.parametrize("spec", [U8, S8], ids=str)
+@pytest.mark.parametrize("ratio", [Fraction(1, 3), Fraction(1), Fraction(4)])
+def test_a_short_share_at_its_ends(spec: QuantSpec, ratio: Fraction) -> None:
+    """All values at one end, all exponentials the greatest: sums are as large as they can be."""
+    for zero in (spec.q_min, 17, spec.q_max):
+        for end, value_zero in ((-128, -128), (-128, 127), (127, -128), (127, 0)):
+            mixed = MixedValues(ratio / 64, 128, value_zero, 128)
+            encoding = replace(result(spec, 1 / 64), zero_point=np.array(zero, np.int32))
+            share = attention_numbers(Fraction(1, 50), mixed, encoding, short=True)
+            assert isinstance(share.share, ShortShare)
+            weights = np.full((1, 128), share.exponentials[0])
+            values = np.full((128, 1), end, np.int8)
+            columns = np.concatenate([values, np.ones_like(values)], axis=-1).astype(np.int64)
+            sums = weights @ columns
+            assert np.abs(sums).max() < 1 << 31
+            arguments = short_normalize_arguments(share.share, value_zero, zero, spec)
+            given = sums.astype(np.int32)
+            found = call("IntNormalizeShort", [given], arguments, spec.dtype)[0]
+            expected = np.clip((end - value_zero) * float(ratio) + zero, spec.q_min, spec.q_max)
+            assert abs(float(found.item()) - float(expected)) < 0.7
 
 
 def softmax_case(kind: QuantSpec, spec: QuantSpec) -> tuple[Array, Array, Array]:

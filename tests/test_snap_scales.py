@@ -139,6 +139,45 @@ def test_the_residual_stream_has_powers_of_two() -> None:
             assert odd_part(table[name_of(value)].scale.item()) < 16
 
 
+def test_what_is_added_takes_the_larger_scale_of_the_sum() -> None:
+    """Where nothing else reads it, and it has 16 bits, as the sum has."""
+    text = """
+        g (float[3, 8] x, float[3, 8] r) => (float[3, 8] z)
+        <float[8, 8] w = {W}, float[8, 8] v = {V}>
+        {
+            a = MatMul(x, w) b = MatMul(x, v)
+            s = Add(a, r) t = Add(s, b) u = Relu(b)
+            z = Add(t, u)
+        }
+    """
+    for name, weight in (("W", normal(8, 8, seed=2)), ("V", normal(8, 8, seed=3))):
+        text = text.replace(f"{{{name}}}", f"{{{', '.join(map(str, weight.reshape(-1)))}}}")
+    compilation = encoded(text, x=normal(3, 8), r=normal(3, 8, seed=1, scale=100))
+    before, _ = snapped(compilation)
+    scales = {name: compilation.encodings[name].scale.item() for name in "abst"}
+    assert scales["a"] == scales["s"] > 8 * before["a"].scale.item()
+    assert scales["b"] < scales["t"] / 8
+
+
+def test_a_small_ratio_beside_a_large_zero_point() -> None:
+    """It has few bits behind the point, so that 32 hold the zero point as well."""
+    compilation = encoded(
+        """
+        g (float[3, 3] x, float[3, 3] r) => (float[3, 3] z)
+        <float[3, 3] w = {1, 0, 0, 0, 0.8, 0, 0, 0, 0.001}>
+        { a = MatMul(x, w) z = Add(a, r) }
+        """,
+        x=normal(3, 3),
+        r=normal(3, 3, seed=1, scale=4000),
+    )
+    snapped(compilation)
+    found = ratios(compilation)["a"]
+    zero = int(compilation.encodings["a"].zero_point)
+    behind = max(ratio.denominator.bit_length() - 1 for ratio in found)
+    assert zero << behind < 1 << 31
+    assert all(few_bits(ratio, 10) for ratio in found)
+
+
 def test_a_bias_fits_and_stays_exact() -> None:
     compilation = encoded(
         """

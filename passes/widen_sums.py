@@ -1,0 +1,64 @@
+"""widen-sums: codes that only sums in 32 bits read stay in 32 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qnpu.compiler.graph_edit import constant_array, name_of
+from qnpu.compiler.integer_functions import DOMAIN
+from qnpu.compiler.pass_base import Compilation, Pass, Stage
+
+_MAKERS = frozenset({"IntRequantizeShort", "IntSumBytesShort", "IntAddShort"})
+_READERS = {"IntAddShort": 2, "IntRMSNormShort": 1}  # how many first inputs are codes
+
+
+@dataclass(frozen=True)
+class WidenSums(Pass):
+    """Leaves unsigned 16-bit codes as int32 where all that reads them casts them to that.
+
+    Before → after::
+
+        qnpu.IntRequantizeShort<to = UINT16> → qnpu.IntAddShort    <to = INT32>, the same numbers
+
+    The residual stream is such a chain: at each Add three casts less.
+
+    Must not fire on outputs of the graph, on signed codes (what lifts their sums above 0 vanishes
+    only in a cast to 16 bits), or on what anything else reads.
+    """
+
+    name: ClassVar[str] = "widen-sums"
+    consumes: ClassVar[Stage] = Stage.INTEGER
+    produces: ClassVar[Stage] = Stage.INTEGER
+
+    def run(self, compilation: Compilation) -> int:
+        model, count = compilation.model, 0
+        for node in model.graph:
+            if _makes_unsigned(node, model) and _read_by_sums(node.outputs[0]):
+                node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.INT32))
+                node.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+                count += 1
+        return count
+
+
+def _makes_unsigned(node: ir.Node, model: ir.Model) -> bool:
+    if node.domain != DOMAIN or node.op_type not in _MAKERS:
+        return False
+    definition = model.functions[node.domain, node.op_type, node.overload]
+    place = [name_of(item) for item in definition.inputs].index("low")
+    low = constant_array(node.inputs[place])
+    kind = node.outputs[0].dtype
+    return kind is ir.DataType.UINT16 and low is not None and not low.any()
+
+
+def _read_by_sums(value: ir.Value) -> bool:
+    uses = value.uses()
+    return (
+        bool(uses)
+        and not value.is_graph_output()
+        and all(
+            node.domain == DOMAIN and index < _READERS.get(node.op_type, 0) for node, index in uses
+        )
+    )

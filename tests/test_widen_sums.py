@@ -1,0 +1,93 @@
+"""widen-sums: the residual stream in 32 bits, the same numbers, and what stays narrow."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qnpu.compiler.integer_arguments import short_arguments, split_arguments
+from qnpu.compiler.integer_edit import IntegerEditor
+from qnpu.compiler.integer_short import Term, short_point
+from qnpu.compiler.quant_types import QuantSpec
+from qnpu.passes.widen_sums import WidenSums
+from tests.conftest import apply, parse, run_model
+from tests.integer_nodes import S16, U8, U16, codes
+from tests.lowered import lowered
+
+FEEDS = {"a": codes(U16, 3, 40), "b": codes(U16, 3, 40, seed=1)}
+
+
+def chain(spec: QuantSpec, *, reader: str = "") -> ir.Model:
+    """(a + b) + b, rounded to codes twice, the second time to 8 bits."""
+    model = parse("g (uint16[3, 40] a, uint16[3, 40] b) => (uint8[3, 40] y) { y = Identity(a) }")
+    editor, anchor = IntegerEditor(model), model.graph[0]
+    a, b = model.graph.inputs
+    ends = [spec.q_min, spec.q_max]
+
+    def add(
+        one: ir.Value, name: str, taken: tuple[int, int], given: QuantSpec, zero: int
+    ) -> ir.Value:
+        unit = 1 << (16 - given.bits)
+        terms = [
+            Term([Fraction(1, 4 * unit)], [taken[0]], [taken[1]]),
+            Term([Fraction(1, 2 * unit)], [0], [65535]),
+        ]
+        point = short_point(terms, [Fraction(0)], zero, given)
+        assert point is not None
+        like = ir.Value(name=name, type=ir.TensorType(given.dtype), shape=a.shape)
+        arguments = short_arguments(point, zero, given)
+        return editor.call("IntAddShort", [one, b], arguments, like, before=anchor)
+
+    inner = add(a, "inner", (0, 65535), spec, -9000)
+    y = add(inner, "outer", (ends[0], ends[1]), U8, -20)
+    if reader == "IntSplit":
+        editor.split(inner, split_arguments(), before=anchor)
+    elif reader == "output":
+        model.graph.outputs.append(inner)
+    editor.take_over(model.graph.outputs[0], y)
+    return model
+
+
+def test_the_same_numbers() -> None:
+    model = chain(U16)
+    before = run_model(model, FEEDS)[0]
+    inner = model.graph[0].outputs[0]
+    assert apply(WidenSums(), model) == 1
+    assert apply(WidenSums(), model) == 0
+    assert inner.dtype is ir.DataType.INT32
+    after = run_model(model, FEEDS)[0]
+    assert len(np.unique(after)) > 50
+    np.testing.assert_array_equal(after, before)
+
+
+def test_codes_are_clipped_as_those_of_16_bits() -> None:
+    """Sums below 0 are 0, and those above 65,535 that."""
+    model = chain(U16)
+    apply(WidenSums(), model)
+    inner = model.graph[0].outputs[0]
+    model.graph.outputs.append(inner)
+    found = run_model(model, FEEDS)[1]
+    a, b = (FEEDS[name].astype(np.int64) for name in "ab")
+    np.testing.assert_array_equal(found, np.clip((a + 2 * b + 2) // 4 - 9000, 0, 65535))
+    assert found.min() == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "reader"), [(S16, ""), (U16, "IntSplit"), (U16, "output")], ids=str
+)
+def test_must_not_fire(spec: QuantSpec, reader: str) -> None:
+    model = chain(spec, reader=reader)
+    assert apply(WidenSums(), model) == 0
+    assert model.graph[0].outputs[0].dtype is spec.dtype
+
+
+def test_the_residual_stream_of_a_decoder() -> None:
+    """All sums, and what linears add to them; neither is multiplied there, nor divided."""
+    made = lowered("llama", "w8a8", integer=True)
+    sums = [node for node in made.integer.graph if node.op_type == "IntAddShort"]
+    assert len(sums) == 4
+    assert {node.outputs[0].dtype for node in sums} == {ir.DataType.INT32}
+    assert {v.dtype for node in sums[1:] for v in node.inputs[:2] if v} == {ir.DataType.INT32}
