@@ -23,7 +23,7 @@ from qnpu.compiler.op_traits import (
 )
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import Encoding, widened
-from qnpu.compiler.roles import activations, computing_uses, is_online_rotation
+from qnpu.compiler.roles import activations, computing_uses, copies, is_online_rotation
 from qnpu.compiler.scale_grid import (
     FLOAT32_BITS,
     WEIGHT_BITS,
@@ -102,7 +102,7 @@ class SnapScales(Pass):
         count = groups.snap_asked()
         for node in sums:
             for value in node.inputs:
-                if value is not None and len(computing_uses(value)) == 1:
+                if value is not None and _only_added(value):
                     count += groups.meet(value, node.outputs[0])
         for linear in linears:
             count += groups.snap_result(linear)
@@ -134,6 +134,12 @@ def _residual_adds(graph: ir.Graph) -> list[ir.Node]:
             elif normalized_inputs(node) and index == 0:
                 pending.append(node.outputs[0])
     return list(found)
+
+
+def _only_added(value: ir.Value) -> bool:
+    """True where one node takes a value, and it does not leave the graph."""
+    handed_out = any(copy.is_graph_output() for copy in copies(value))
+    return len(computing_uses(value)) == 1 and not handed_out
 
 
 class _Groups:

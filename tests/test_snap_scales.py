@@ -140,23 +140,24 @@ def test_the_residual_stream_has_powers_of_two() -> None:
 
 
 def test_what_is_added_takes_the_larger_scale_of_the_sum() -> None:
-    """Where nothing else reads it, and it has 16 bits, as the sum has."""
+    """Where nothing else reads it, and it is not handed out."""
     text = """
-        g (float[3, 8] x, float[3, 8] r) => (float[3, 8] z)
+        g (float[3, 8] x, float[3, 8] r) => (float[3, 8] z, float[3, 8] c)
         <float[8, 8] w = {W}, float[8, 8] v = {V}>
         {
-            a = MatMul(x, w) b = MatMul(x, v)
-            s = Add(a, r) t = Add(s, b) u = Relu(b)
-            z = Add(t, u)
+            a = MatMul(x, w) b = MatMul(x, v) c = MatMul(b, w)
+            s = Add(a, r) t = Add(s, b) o = Add(t, c)
+            z = Relu(o)
         }
     """
     for name, weight in (("W", normal(8, 8, seed=2)), ("V", normal(8, 8, seed=3))):
         text = text.replace(f"{{{name}}}", f"{{{', '.join(map(str, weight.reshape(-1)))}}}")
     compilation = encoded(text, x=normal(3, 8), r=normal(3, 8, seed=1, scale=100))
     before, _ = snapped(compilation)
-    scales = {name: compilation.encodings[name].scale.item() for name in "abst"}
+    scales = {name: compilation.encodings[name].scale.item() for name in "abcsto"}
     assert scales["a"] == scales["s"] > 8 * before["a"].scale.item()
     assert scales["b"] < scales["t"] / 8
+    assert scales["c"] < scales["o"] / 8
 
 
 def test_a_small_ratio_beside_a_large_zero_point() -> None:
