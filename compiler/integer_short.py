@@ -7,9 +7,9 @@ Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data
 
 as Σ a·m and 2^(k-1) are whole (of k = 0 nothing is rounded). A division by 2^k is a shift where no
 sum is negative, so signed results are lifted; of unsigned ones, what is negative is cut towards 0,
-and clamped to 0 either way. The least and the greatest number that each a can be prove that sums
-are within 32 bits. Float32 does the same where products stay below 2^24: there it is exact as well
-(QLinearMatMul).
+and clamped to 0 either way (only sums beyond 32 bits are lifted there). The least and the greatest
+number that each a can be prove that sums are within 32 bits. Float32 does the same where products
+stay below 2^24: there it is exact as well (QLinearMatMul).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ShortPoint:
         multipliers: m, one array per term, int64, shape () or (channels,).
         shift: k.
         start: ⌊f · 2^k + 2^k/2⌋, int64, shape () or (channels,).
-        lift: added to signed results, LSB, so that no sum is negative; it vanishes in the cast to
+        lift: added to results, LSB, where a sum must not be negative; it vanishes in the cast to
             codes.
     """
 
@@ -111,7 +111,7 @@ def _lifted(
         least = min(least, sum(map(min, ends)) + fixed)
         most = max(most, sum(map(max, ends)) + fixed)
     lift = _whole_lift(least, unit, spec)
-    if most + lift * unit >= _WORD or least + lift * unit < -_WORD:
+    if most + lift * unit >= _WORD:
         return None
     return ShortPoint(
         multipliers=tuple(_array(numbers) for numbers in factors),
@@ -183,7 +183,7 @@ def split_point(
         least = min(least, min(pair) + ((min(pair) + start) >> 8) + fixed)
         most = max(most, max(pair) + ((max(pair) + start) >> 8) + fixed)
     lift = _whole_lift(least, coarse, spec)
-    if most + lift * coarse >= _WORD or least + lift * coarse < -_WORD:
+    if most + lift * coarse >= _WORD:
         return None
     return SplitPoint(_array(factors), shift, _array(starts), fine_lift, lift)
 
@@ -191,9 +191,10 @@ def split_point(
 def _whole_lift(least: int, unit: int, spec: QuantSpec) -> int:
     """What keeps sums from ``least`` up, at 1/unit LSB, from being negative; vanishes in a cast.
 
-    Nothing where codes are unsigned: a sum below 0 gives 0, however it is divided.
+    Nothing where codes are unsigned, as a sum below 0 gives 0, however it is divided; but one that
+    is no int32 must become one.
     """
-    if not spec.q_min:
+    if not spec.q_min and least >= -_WORD:
         return 0
     size = 1 << stored_bits(spec)
     return -(-max(-spec.q_min, -(least // unit)) // size) * size

@@ -47,7 +47,7 @@ def test_exact_at_the_ends_and_at_ties(
         ties = [round(Fraction(2 * n + 1, 2) / ratio) for n in (-3, 0, 5)]
         for a in (low, high, 0, *(min(max(tie, low), high) for tie in ties)):
             lifted = a * m + start + ((zero + point.lift) << k)
-            assert (0 if spec.signed else -1 << 31) <= lifted < 1 << 31
+            assert (0 if spec.signed or point.lift else -1 << 31) <= lifted < 1 << 31
             cut = int(Fraction(lifted, 1 << k))  # towards 0
             found = min(max(cut, point.lift + spec.q_min), point.lift + spec.q_max)
             expected = by_hand(a * ratio + addend, zero, spec.q_min, spec.q_max)
