@@ -44,6 +44,7 @@ _INTEGER_CHOICES = 3  # of these: where all channels are to have less, 64 bits a
 _POINT_BITS = 31  # behind the point, and of a zero point before it
 _NO_BITS = 64
 _WIDE_BITS = 16
+_LEAST_WEIGHT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class SnapScales(Pass):
     stream are powers of two, so that either operand of its Adds is shifted, times t. What is added
     with 16 bits, and read by nothing else, takes the sum's scale where that is the larger one: the
     sum would round it to that all the same, so it is rounded once, and the Add multiplies nothing.
-    n has fewer bits where sums would leave 32 bits else; where three are too many the weight is
-    left alone.
+    Not so where a weight of less than 8 bits makes it, whose scales would have to follow. n has
+    fewer bits where sums would leave 32 bits else; where three are too many the weight is left
+    alone.
     Where y has 8 bits a channel has fewer where float32 would round else: one whose ratio is small.
 
     Scales only ever grow, and zero points stay, so nothing is clipped that was not before. A step
@@ -102,7 +104,7 @@ class SnapScales(Pass):
         count = groups.snap_asked()
         for node in sums:
             for value in node.inputs:
-                if value is not None and _only_added(value):
+                if value is not None and _only_added(value) and _fine_weight(value, table):
                     count += groups.meet(value, node.outputs[0])
         for linear in linears:
             count += groups.snap_result(linear)
@@ -140,6 +142,15 @@ def _only_added(value: ir.Value) -> bool:
     """True where one node takes a value, and it does not leave the graph."""
     handed_out = any(copy.is_graph_output() for copy in copies(value))
     return len(computing_uses(value)) == 1 and not handed_out
+
+
+def _fine_weight(value: ir.Value, table: EncodingTable) -> bool:
+    """False where a weight of few bits makes a value: its scales must not grow with those of y."""
+    producer = value.producer()
+    linear = as_linear(producer) if producer is not None else None
+    if linear is None or name_of(linear.weight) not in table:
+        return True
+    return table[name_of(linear.weight)].spec.bits >= _LEAST_WEIGHT_BITS
 
 
 class _Groups:

@@ -284,3 +284,20 @@ def test_integer_graphs_have_the_short_forms(
     kinds = {item.kind: item for item in found.summary()}
     assert kinds["linear"].equal == kinds["add"].equal == 1
     assert all(item.passed for item in found.accumulators)
+
+
+def test_what_a_narrow_weight_makes_keeps_its_scale() -> None:
+    """Scales of 4-bit weights would have to grow with it."""
+    weight = ", ".join(map(str, normal(8, 8, seed=2).reshape(-1)))
+    text = f"""
+        g (float[3, 8] x, float[3, 8] r) => (float[3, 8] z)
+        <float[8, 8] w = {{{weight}}}, float[8, 8] v = {{{weight}}}>
+        {{ a = MatMul(x, w) s = Add(a, r) z = MatMul(s, v) }}
+    """
+    data = {"x": normal(3, 8), "r": normal(3, 8, seed=1, scale=100)}
+    for scheme, bits in (("w4a8", 4), ("w8a8", 8)):
+        compilation = encoded(text, scheme, **data)
+        snapped(compilation)
+        table = compilation.encodings
+        assert table["w"].spec.bits == bits
+        assert (table["a"].scale == table["s"].scale) == (bits == 8)
