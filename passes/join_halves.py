@@ -32,7 +32,7 @@ class JoinHalves(Pass):
         qnpu.IntRotate(a, b), qnpu.IntRotate(b, a) → Concat    qnpu.IntRotateHalves(x)
         … qnpu.IntRotateBy, by tables of positions             qnpu.IntRotateHalvesBy(x)
 
-    The same codes, from half as many operators, in a graph of one token as good as half the time.
+    The same codes, from half as many operators, which is what counts in a graph of one token.
     Tables of positions are put together once, by qnpu.IntRotaryTables, for all heads of all layers.
 
     Must not fire where halves have other sizes, are read elsewhere, or are turned or rounded
@@ -161,6 +161,8 @@ class _Pair:
             name: [self._of_each(rotation.arguments[name]) for rotation in (one, other)]
             for name in _BY_ELEMENT
         }
+        if any(first.shape != second.shape for first, second in parts.values()):
+            return None
         return one.arguments | {name: np.concatenate(p, axis=-1) for name, p in parts.items()}
 
     def _of_each(self, array: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -109,8 +109,16 @@ def test_the_same_codes(function: str) -> None:
             "IntRotate",
             (constant_tables()[0], constant_tables()[1] | {"high": np.array(900, np.uint32)}),
         ),
+        rotated(
+            halves(),
+            "IntRotate",
+            (
+                constant_tables()[0],
+                {k: a[:1] if a.ndim else a for k, a in constant_tables()[1].items()},
+            ),
+        ),
     ],
-    ids=["axis", "order", "read elsewhere", "signs", "zero points", "clipped otherwise"],
+    ids=["axis", "order", "read elsewhere", "signs", "zero points", "clipped otherwise", "shapes"],
 )
 def test_must_not_fire(model: ir.Model) -> None:
     model.graph.outputs.extend(
