@@ -38,16 +38,12 @@ def main(
 ) -> None:
     """Time graphs."""
     files = dict(item.split("=", 1) for item in graphs)
-    times: dict[str, list[float]] = {name: [] for name in files}
-    for first in range(len(files)):
-        _time(
-            [*list(files)[first:], *list(files)[:first]],
-            files,
-            times,
-            (rounds, threads),
-            tokens,
-            past,
-        )
+    names = list(files)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for first in range(len(names)):
+        rotated = {name: files[name] for name in (*names[first:], *names[:first])}
+        for name, found in _times(rotated, rounds, threads, tokens, past).items():
+            times[name] += found
     medians = {name: float(np.median(found)) for name, found in times.items()}
     compared = next(iter(medians.values()))
     title = f"{rounds} rounds in each of {len(files)} orders, {threads} threads"
@@ -63,24 +59,20 @@ def main(
         console.print(_profile(files[profile], threads, tokens, past))
 
 
-def _time(
-    names: list[str],
-    files: dict[str, str],
-    times: dict[str, list[float]],
-    runs: tuple[int, int],
-    tokens: int,
-    past: int,
-) -> None:
-    """Opens graphs in this order, runs them in turn, and adds to their times, s."""
-    rounds, threads = runs
-    sessions = {name: _open(files[name], threads) for name in names}
+def _times(
+    files: dict[str, str], rounds: int, threads: int, tokens: int, past: int
+) -> dict[str, list[float]]:
+    """Opens graphs in this order, and runs them in turn; what each run took, s."""
+    sessions = {name: _open(file, threads) for name, file in files.items()}
     feeds = {name: open_feeds(session, tokens, past) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in files}
     for index in range(rounds + 1):
         for name, session in sessions.items():
             started = time.perf_counter()
             session.run(None, feeds[name])
             if index:  # the first warms up
                 times[name].append(time.perf_counter() - started)
+    return times
 
 
 def _open(file: str, threads: int, prefix: str = "") -> ort.InferenceSession:

@@ -361,9 +361,9 @@ def IntRMSNormShort(
     """As IntRMSNorm over the last axis, with gains of 1; the last product in 32 bits.
 
     Σc² is a product of matrices, (1, n) by (n, 1) for each row: faster than ReduceSum by far. Its
-    root comes by two steps of Newton's method, from the middle of the powers around it, which rises
-    with each of them. Rows are the last dimension meanwhile: operators would go one by one through
-    numbers that are alone in theirs.
+    root comes by three steps of Newton's method, from the middle of the powers around it, which
+    rises with each of them. Rows are the last dimension meanwhile: operators would go one by one
+    through numbers that are alone in theirs.
     """
     centred = op.Cast(x, to=_INT32) - zero
     wide = op.Cast(centred, to=_INT64)
@@ -373,7 +373,8 @@ def IntRMSNormShort(
     root0 = op.MatMul(above, rises)
     root1 = (root0 + energy / root0) / two
     root2 = (root1 + energy / root1) / two
-    share = op.Unsqueeze(op.Cast(numerator / root2, to=_INT32), last)
+    root3 = (root2 + energy / root2) / two
+    share = op.Unsqueeze(op.Cast(numerator / root3, to=_INT32), last)
     return op.Cast(op.Clip((centred * share + offset) / step, low, high), to=to)
 
 
@@ -450,6 +451,17 @@ NEEDS = {
     "IntLayerNorm": ("IntReciprocalRoot",),
 }
 """Function → functions its body calls."""
+
+
+def named_inputs(node: ir.Node, model: ir.Model) -> dict[str, ir.Value | None]:
+    """What a call of a function takes, by the names of its parameters.
+
+    Raises:
+        KeyError: the model does not define that function.
+    """
+    definition = model.functions[node.domain, node.op_type, node.overload]
+    names = [value.name or "" for value in definition.inputs]
+    return dict(zip(names, node.inputs, strict=True))
 
 
 def integer_function(name: str, opset: int) -> ir.Function:

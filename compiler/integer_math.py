@@ -393,13 +393,13 @@ def norm_numbers(
     )
 
 
-_ROOT_OCTAVES = 0.75  # octaves between two powers
+_ROOT_OCTAVES = 1.5  # between two powers
 
 
 def root_starts(least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where a root of a number from ``least`` to 2^62 begins, so that two steps are enough.
+    """Where a root of a number from ``least`` to 2^62 begins, so that three steps are enough.
 
-    A start in the middle between two powers is off by 14 % at the most, and by 2^-14 after two
+    A start in the middle between two powers is off by 30 % at the most, and by 2^-22 after three
     steps of Newton's method.
 
     Returns:

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.integer_arguments import Arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_functions import DOMAIN
+from qnpu.compiler.integer_functions import DOMAIN, named_inputs
 from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
@@ -77,8 +77,7 @@ class _Rotation:
             return None
         if node.outputs[0].is_graph_output():
             return None
-        names = map(name_of, model.functions[node.domain, node.op_type, node.overload].inputs)
-        held = {name: constant_array(v) for name, v in zip(names, node.inputs, strict=True)}
+        held = {name: constant_array(v) for name, v in named_inputs(node, model).items()}
         found = {name: array for name, array in held.items() if array is not None}
         complete = len(found) == len(node.inputs) - _ROTATIONS[node.op_type]
         return cls(node, found) if complete else None

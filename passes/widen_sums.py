@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.integer_functions import DOMAIN
+from qnpu.compiler.graph_edit import constant_array
+from qnpu.compiler.integer_functions import DOMAIN, named_inputs
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
 _MAKERS = frozenset({"IntRequantizeShort", "IntSumBytesShort", "IntAddShort"})
@@ -46,9 +46,7 @@ class WidenSums(Pass):
 def _makes_unsigned(node: ir.Node, model: ir.Model) -> bool:
     if node.domain != DOMAIN or node.op_type not in _MAKERS:
         return False
-    definition = model.functions[node.domain, node.op_type, node.overload]
-    place = [name_of(item) for item in definition.inputs].index("low")
-    low = constant_array(node.inputs[place])
+    low = constant_array(named_inputs(node, model)["low"])
     kind = node.outputs[0].dtype
     return kind is ir.DataType.UINT16 and low is not None and not low.any()
 

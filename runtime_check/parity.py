@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnpu.compiler.graph_edit import constant_array, last_dimension, name_of, subgraph_proto
+from qnpu.compiler.integer_functions import named_inputs
 from qnpu.compiler.operands import QUANTIZE, input_operand
 from qnpu.compiler.pass_base import ProgressCallback, no_progress
 from qnpu.compiler.quant_types import widened
@@ -560,10 +561,8 @@ def _peak(parts: Sequence[ir.Node], model: ir.Model) -> int:
         maker = first.producer() if first is not None else None
         if first is None or maker is None or maker.op_type != "IntExponentials":
             return 0
-        function = model.functions[maker.domain, maker.op_type, maker.overload]
-        names = [name_of(value) for value in function.inputs]
-        place = names.index("high" if first is maker.outputs[0] else "low")
-        table = _constant(maker.inputs[place], model)
+        part_of = "high" if first is maker.outputs[0] else "low"
+        table = _constant(named_inputs(maker, model)[part_of], model)
         if table is None:
             return 0
         peak = 256 * peak + int(table[0] if len(parts) > 1 else table.max())

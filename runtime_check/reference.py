@@ -250,12 +250,12 @@ def rms_norm(
 def short_rms_norm(
     codes: Codes, zero: int, numbers: NormNumbers, zero_point: int, spec: QuantSpec
 ) -> Codes:
-    """As ``rms_norm`` with gains of 1; the root whole, by two steps from ``root_starts``."""
+    """As ``rms_norm`` with gains of 1; the root whole, by three steps from ``root_starts``."""
     centred = codes.astype(np.int64) - zero
     energy = (centred * centred).sum(axis=-1, keepdims=True) * numbers.prescale + numbers.epsilon
     powers, starts = root_starts(numbers.epsilon)
     root = starts[np.searchsorted(powers, energy, side="right") - 1]
-    for _ in range(2):
+    for _ in range(3):
         root = (root + energy // root) // 2
     sums = centred * (numbers.numerator // root)
     return _codes((sums + (1 << (numbers.shift - 1))) >> numbers.shift, zero_point, spec)

@@ -346,7 +346,8 @@ def test_attention(spec: QuantSpec, scale: Fraction, keys: int, short: bool) -> 
     assert weights[..., :40].max() == peak == numbers.exponentials[0]
     columns = np.concatenate([values, np.ones((3, 60, 1), np.int8)], axis=-1).astype(np.int64)
     kind = np.int32 if peak * keys * 128 < 1 << 31 else np.int64
-    assert peak >= 1 << 13
+    peaks = {60: 65535, 1 << 10: 16383, 1 << 13: 65535}  # of a share in 64 bits
+    assert peak == peaks[keys] or (short and fits and peak >= 1 << 13)
     sums = [(part.astype(np.int64) @ columns).astype(kind) for part in parts]
     joined = call("IntJoin", sums, join_arguments(kind), ir.DataType.from_numpy(np.dtype(kind)))
     np.testing.assert_array_equal(joined[0], weights @ columns)
@@ -360,7 +361,8 @@ def test_attention(spec: QuantSpec, scale: Fraction, keys: int, short: bool) -> 
     np.testing.assert_array_equal(found, twin)
     real = np.exp(float(scale) * (scores + mask - (scores + mask).max(axis=-1, keepdims=True)))
     mixed_real = real @ (values - 5.0) / real.sum(axis=-1, keepdims=True) / 128 / step + zero
-    assert np.abs(found - np.clip(mixed_real, spec.q_min, spec.q_max)).max() < 0.55
+    off = np.abs(found - np.clip(mixed_real, spec.q_min, spec.q_max)).max()
+    assert off < (0.55 if short and fits else 0.52)
 
 
 @pytest.mark.parametrize("spec", [U8, S8], ids=str)

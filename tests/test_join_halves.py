@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -16,16 +15,15 @@ from qnpu.passes.join_halves import JoinHalves
 from tests.conftest import apply, parse, run_model
 from tests.integer_nodes import U8, U16, Array, codes, result
 
-INT32, UINT32, UINT8 = (int(k) for k in (ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.UINT8))
+INT32, UINT32 = int(ir.DataType.INT32), int(ir.DataType.UINT32)
 ANGLES = np.outer(np.arange(5), [1.0, 0.3, 0.05, 0.001])
-Change = Callable[[ir.Node, ir.Node], None]
 
 
-def halves(*, axis: int = -1, sizes: str = "4, 4", more: str = "", last: str = "f, s") -> ir.Model:
+def halves(*, axis: int = -1, more: str = "", last: str = "f, s") -> ir.Model:
     """Split, one node for each half that is no rotation yet, Concat."""
     return parse(f"""
         g (uint8[2, 5, 8] x, uint16[5, 4] c, uint16[5, 4] n) => (uint8[2, 5, 8] y)
-        <int64[2] sizes = {{{sizes}}}>
+        <int64[2] sizes = {{4, 4}}>
         {{
             a, b = Split<axis = -1>(x, sizes)
             f = Identity(a)
