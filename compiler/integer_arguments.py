@@ -82,14 +82,20 @@ def short_arguments(point: ShortPoint, zero_point: int, spec: QuantSpec) -> Argu
         spec: of the result.
     """
     names = ["multiplier"] if len(point.multipliers) == 1 else ["multiplier_a", "multiplier_b"]
-    start = _whole(point.start) + ((zero_point + point.lift) << point.shift)
+    start = _whole(point.start) + (zero_point + point.lift) * _whole(point.step)
     return {
         **{name: _word(m) for name, m in zip(names, point.multipliers, strict=True)},
         "offset": _word(start),
-        "step": _word(1 << point.shift),
+        "step": _word(point.step),
         "low": _word(point.lift + spec.q_min),
         "high": _word(point.lift + spec.q_max),
     }
+
+
+def inside_arguments(point: ShortPoint, zero_point: int, spec: QuantSpec) -> Arguments:
+    """Of IntRequantizeInside; see ``short_arguments``."""
+    arguments = short_arguments(point, zero_point, spec)
+    return {name: array for name, array in arguments.items() if name not in ("low", "high")}
 
 
 def sum_bytes_arguments(point: SplitPoint, zero_point: int, spec: QuantSpec) -> Arguments:

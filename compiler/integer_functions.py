@@ -60,6 +60,12 @@ def IntRequantizeShort(x, multiplier, offset, step, low, high, to: int):
 
 
 @script(QNPU, default_opset=op)
+def IntRequantizeInside(x, multiplier, offset, step, to: int):
+    """IntRequantizeShort of sums that are never negative, whose results are never clipped."""
+    return op.Cast((x * multiplier + offset) / step, to=to)
+
+
+@script(QNPU, default_opset=op)
 def IntSumBytesShort(a, b, multiplier, fine_offset, radix, offset, step, low, high, to: int):
     """y = clip((a·multiplier + (b·multiplier + fine_offset) / radix + offset) / step, low, high).
 
@@ -223,8 +229,8 @@ def IntLookupPair(a, b, radix, table, copies, rows):
 
 @script(QNPU, default_opset=op)
 def IntSigned(x, half):
-    """Codes of 8 bits less 128, int8: kernels multiply those faster."""
-    return op.Cast(op.BitwiseXor(x, half), to=_INT8)
+    """Codes of 8 bits less 128, int8: kernels multiply those faster. The sum is modulo 256."""
+    return op.Cast(x + half, to=_INT8)
 
 
 @script(QNPU, default_opset=op)
@@ -421,6 +427,7 @@ _BODIES = (
     IntRequantize,
     IntRequantizeFine,
     IntRequantizeShort,
+    IntRequantizeInside,
     IntAddShort,
     IntSumBytesShort,
     IntAdd,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qnpu.compiler.graph_edit import constant_array, name_of, static_shape
 from qnpu.compiler.integer_arguments import (
     Arguments,
+    inside_arguments,
     join_arguments,
     requantize_arguments,
     short_arguments,
@@ -24,7 +25,14 @@ from qnpu.compiler.integer_arguments import (
 )
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import INT32_MAX, FixedPoint, exact_ratios, fixed_point
-from qnpu.compiler.integer_short import BYTE, exact_in_float, linear_terms, short_point, split_point
+from qnpu.compiler.integer_short import (
+    BYTE,
+    exact_in_float,
+    linear_terms,
+    quotient_point,
+    short_point,
+    split_point,
+)
 from qnpu.compiler.operands import Operand, input_operand
 from qnpu.compiler.qdq_edit import block_encoding_of
 from qnpu.compiler.quant_types import Encoding, widened
@@ -288,16 +296,21 @@ class _Linear:
         if len(self.pieces) > 1:
             return None
         ratios, zero, spec = self.ratios, int(self.given.zero_point), self.given.spec
-        addends = [a * ratios[c % len(ratios)] for c, a in enumerate(self.added)]
+        added = self.added
+        addends = [a * ratios[c % len(ratios)] for c, a in enumerate(added)]
         wide = self.one.encoding.spec.bits > 8
         terms = linear_terms(BYTE if wide else self.one.encoding.spec, self.weight.codes, ratios)
         if wide:
             split = split_point(terms[0], addends, zero, spec)
             arguments = None if split is None else sum_bytes_arguments(split, zero, spec)
             return None if arguments is None else ("IntSumBytesShort", arguments)
-        short = short_point(terms, addends, zero, spec)
-        arguments = None if short is None else short_arguments(short, zero, spec)
-        return None if arguments is None else ("IntRequantizeShort", arguments)
+        short = quotient_point(terms[0], added, zero, spec)
+        short = short or short_point(terms, addends, zero, spec)
+        if short is None:
+            return None
+        if short.inside:
+            return "IntRequantizeInside", inside_arguments(short, zero, spec)
+        return "IntRequantizeShort", short_arguments(short, zero, spec)
 
 
 def _quantized_product(

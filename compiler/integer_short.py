@@ -1,6 +1,6 @@
-"""Requantization in int32, where ratios of scales are small whole numbers times 2^-k.
+"""Requantization in int32, where ratios of scales are small whole numbers times 2^-k, or 1/D.
 
-Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data::
+Of the former it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data::
 
     y = clamp(⌊Σ_i a_i · M_i + f + 1/2⌋ + z)
       = clamp(((Σ_i a_i · m_i + ⌊f · 2^k⌋ + 2^(k-1)) >> k) + z)
@@ -8,7 +8,16 @@ Then it is exact: M_i = m_i · 2^-k, and with f all that does not depend on data
 as Σ a·m and 2^(k-1) are whole (of k = 0 nothing is rounded). A division by 2^k is a shift where no
 sum is negative, so signed results are lifted; of unsigned ones, what is negative is cut towards 0,
 and clamped to 0 either way (only sums beyond 32 bits are lifted there). The least and the greatest
-number that each a can be prove that sums are within 32 bits. Float32 does the same where products
+number that each a can be prove that sums are within 32 bits.
+
+Of a sum of whole numbers a and a ratio of 1/D no product is needed::
+
+    y = clamp(⌊(a + f) / D + 1/2⌋ + z) = clamp(⌊(a + f + ⌊D/2⌋ + z·D) / D⌋)
+
+Scales are float32, so M is not quite 1/D. Where D is odd, (a + f)/D is 1/2D at least from halfway
+between two codes, and M gives the same codes as long as it is not farther off than that.
+
+Float32 does the same where products
 stay below 2^24: there it is exact as well (QLinearMatMul).
 """
 
@@ -23,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qnpu.compiler.integer_math import stored_bits
+from qnpu.compiler.integer_math import round_half_up, stored_bits
 from qnpu.compiler.quant_types import Encoding, QuantSpec
 
 BYTE = QuantSpec(8, signed=False, symmetric=False)
@@ -53,22 +62,24 @@ class ShortPoint:
 
     Attributes:
         multipliers: m, one array per term, int64, shape () or (channels,).
-        shift: k.
-        start: ⌊f · 2^k + 2^k/2⌋, int64, shape () or (channels,).
+        step: 2^k or D, int64, shape () or (channels,).
+        start: ⌊(f + 1/2) · step⌋, int64, shape () or (channels,).
         lift: added to results, LSB, where a sum must not be negative; it vanishes in the cast to
             codes.
+        inside: whether no sum can be negative, and no result is ever clipped.
     """
 
     multipliers: tuple[NDArray[np.int64], ...]
-    shift: int
+    step: NDArray[np.int64]
     start: NDArray[np.int64]
     lift: int
+    inside: bool
 
 
 def short_point(
     terms: Sequence[Term], addends: Sequence[Fraction], zero_point: int, spec: QuantSpec
 ) -> ShortPoint | None:
-    """Integers for ratios; None where a ratio has an odd denominator or a sum may leave int32.
+    """Integers for ratios m·2^-k; None where one is none, or a sum may leave int32.
 
     Args:
         terms: what is added up.
@@ -78,9 +89,42 @@ def short_point(
     """
     count = max(len(addends), *(len(term.ratios) for term in terms))
     behind = [_bits_behind(ratio) for term in terms for ratio in term.ratios]
-    return (
-        None if min(behind) < 0 else _lifted(terms, addends, max(behind), zero_point, spec, count)
-    )
+    if min(behind) < 0:
+        return None
+    unit = 1 << max(behind)  # one for all channels
+    factors = [[int(_at(t.ratios, c) * unit) for c in range(count)] for t in terms]
+    starts = [floor(_at(addends, c) * unit + Fraction(unit, 2)) for c in range(count)]
+    return _lifted(terms, factors, starts, [unit] * count, zero_point, spec)
+
+
+def quotient_point(
+    sums: Term, added: Sequence[Fraction], zero_point: int, spec: QuantSpec
+) -> ShortPoint | None:
+    """Integers for ratios 1/D; None where one is none, as of ``short_point``, or f not whole.
+
+    Args:
+        sums: whole numbers.
+        added: f, LSB of those, one per channel, or one alone.
+        zero_point: z of the result.
+        spec: of the result.
+    """
+    count = max(len(added), len(sums.ratios), len(sums.low))
+    reach = max(spec.q_max - zero_point, zero_point - spec.q_min)
+    divisors = [max(1, round_half_up(1 / _at(sums.ratios, c))) for c in range(count)]
+    for c, divisor in enumerate(divisors):
+        f = _at(added, c)
+        bound = max(abs(_at(sums.low, c) + f), abs(_at(sums.high, c) + f))
+        if f.denominator > 1 or not _is_quotient(_at(sums.ratios, c), divisor, bound, reach):
+            return None
+    starts = [int(_at(added, c)) + divisor // 2 for c, divisor in enumerate(divisors)]
+    return _lifted([sums], [[1] * count], starts, divisors, zero_point, spec)
+
+
+def _is_quotient(ratio: Fraction, divisor: int, bound: Fraction, reach: int) -> bool:
+    """Whether a·ratio and a/divisor round alike, for |a| up to a bound or up to what is clipped."""
+    error = abs(ratio - Fraction(1, divisor))
+    last = min(bound, Fraction((reach + 1) * divisor))
+    return not error or (divisor % 2 == 1 and 2 * divisor * last * error < 1)
 
 
 def _bits_behind(ratio: Fraction) -> int:
@@ -91,33 +135,34 @@ def _bits_behind(ratio: Fraction) -> int:
 
 def _lifted(
     terms: Sequence[Term],
-    addends: Sequence[Fraction],
-    shift: int,
+    factors: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    steps: Sequence[int],
     zero_point: int,
     spec: QuantSpec,
-    count: int,
 ) -> ShortPoint | None:
-    """One shift and one lift for all channels, so that all are clipped alike."""
-    unit = 1 << shift
-    factors = [[int(_at(t.ratios, c) * unit) for c in range(count)] for t in terms]
-    starts = [floor(_at(addends, c) * unit + Fraction(unit, 2)) for c in range(count)]
-    least, most = 0, 0
-    for c, start in enumerate(starts):
-        ends = [
+    """One lift for all channels, so that all are clipped alike."""
+    ends = []
+    for c, (start, step) in enumerate(zip(starts, steps, strict=True)):
+        products = [
             (m[c] * _at(t.low, c), m[c] * _at(t.high, c))
             for t, m in zip(terms, factors, strict=True)
         ]
-        fixed = start + zero_point * unit
-        least = min(least, sum(map(min, ends)) + fixed)
-        most = max(most, sum(map(max, ends)) + fixed)
-    lift = _whole_lift(least, unit, spec)
-    if most + lift * unit >= _WORD:
+        fixed = start + zero_point * step
+        ends.append((sum(map(min, products)) + fixed, sum(map(max, products)) + fixed))
+    pairs = list(zip(ends, steps, strict=True))
+    lift = max(_whole_lift(least, step, spec) for (least, _), step in pairs)
+    if max(most + lift * step for (_, most), step in pairs) >= _WORD:
         return None
+    inside = all(
+        spec.q_min <= least // step and most // step <= spec.q_max for (least, most), step in pairs
+    )
     return ShortPoint(
         multipliers=tuple(_array(numbers) for numbers in factors),
-        shift=shift,
+        step=_array(steps),
         start=_array(starts),
         lift=lift,
+        inside=inside and spec.q_min == lift == 0,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,15 @@ import onnx_ir as ir
 from qnpu.compiler.encodings import EncodingTable
 from qnpu.compiler.graph_edit import constant_array, name_of
 from qnpu.compiler.integer_math import exact_ratios
-from qnpu.compiler.integer_short import BYTE, exact_in_float, linear_terms, short_point, split_point
+from qnpu.compiler.integer_short import (
+    BYTE,
+    Term,
+    exact_in_float,
+    linear_terms,
+    quotient_point,
+    short_point,
+    split_point,
+)
 from qnpu.compiler.op_traits import (
     FIXED_RANGES,
     Linear,
@@ -45,6 +54,10 @@ _POINT_BITS = 31  # behind the point, and of a zero point before it
 _NO_BITS = 64
 _WIDE_BITS = 16
 _LEAST_WEIGHT_BITS = 8
+_LEAST_DIVISOR = 3  # steps grow by up to 40 %, those of an almost 7 that becomes 5
+_MOST_DIVISOR = (1 << 14) - 1  # times a zero point it stays in 32 bits
+_FLOAT_WHOLE = 1 << FLOAT32_BITS
+_ROUNDED = 1 + 2.0**-23  # a scale for D, in float32, may be a little above that
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,29 @@ class SnapScales(Pass):
     M is exact, and so few bits long that all of the requantization fits 32 bits
     (``qnpu.compiler.integer_short``), or float32 without error. Where y is added to the residual
     stream, s_y = t·2^b and s_x = X·2^a, 16 ≤ X < 32 or, where x has 16 bits, 4 ≤ X < 8, and
-    M_c = X·n_c·2^-k_c. Scales of the residual
-    stream are powers of two, so that either operand of its Adds is shifted, times t. What is added
-    with 16 bits, and read by nothing else, takes the sum's scale where that is the larger one: the
-    sum would round it to that all the same, so it is rounded once, and the Add multiplies nothing.
-    Not so where a weight of less than 8 bits makes it, whose scales would have to follow. n has
-    fewer bits where sums would leave 32 bits else; where three are too many the weight is left
-    alone.
-    Where y has 8 bits a channel has fewer where float32 would round else: one whose ratio is small.
+    M_c = X·n_c·2^-k_c. n has fewer bits where sums would leave 32 bits else; where three are too
+    many the weight is left alone. Where y has 8 bits a channel has fewer where float32 would round
+    else: one whose ratio is small.
+
+    Scales of the residual stream are powers of two, so that either operand of its Adds is shifted,
+    times t. What is added with 16 bits, and read by nothing else, takes the sum's scale where that
+    is the larger one: the sum would round it to that all the same, so it is rounded once, and the
+    Add multiplies nothing. Not so where a weight of less than 8 bits makes it, whose scales would
+    have to follow.
+
+    Where y has 16 bits and x and W have 8, without a bias, a channel's scale is rather::
+
+        s_W[c] = s_y / (s_x · D_c)         D odd, or a power of two where s_y / s_x is one
+        M_c = 1 / D_c
+
+    so that sums are divided by D, and not multiplied first. That needs sums of 3 steps at least,
+    and a proof for each channel that float32's rounding of s_W changes no result.
 
     Scales only ever grow, and zero points stay, so nothing is clipped that was not before. A step
     grows by 6 % at the most, 3 % on average (a weight that few bits are left for: 12, 6; the
     16-bit residual stream: half of a bit on average; what is added to it: up to that stream's
-    step; 16-bit inputs of linears that make that: 25, 12; inputs of other linears: 0.1 %).
+    step; a weight whose sums are divided: 1/D on average; 16-bit inputs of linears that make what
+    is added: 25, 12; inputs of other linears: 0.1 %).
 
     Of ratios of few bits one result in 2^k lies exactly halfway between two codes. A Q/DQ graph
     that is run on floats rounds such a one either way, by the order it sums in; integers do not.
@@ -244,7 +267,7 @@ def _snap_weight(linear: Linear, groups: _Groups, table: EncodingTable) -> int:
     if factor.bit_length() + max(_WEIGHT_BITS) > FLOAT32_BITS:
         return 0
     snapping = _Weight(linear, array, taken, old, given)
-    new = snapping.for_float(factor) or snapping.for_integers(factor)
+    new = snapping.for_float(factor) or snapping.for_quotients() or snapping.for_integers(factor)
     if new is None or new.same_as(old):
         return 0
     table[name] = new
@@ -290,6 +313,26 @@ class _Weight:
                 scales = np.where(exact if scales.size > 1 else exact.all(), scales, fewer)
         return None
 
+    def for_quotients(self) -> Encoding | None:
+        """Scales with which sums are only divided, by D; None where steps would grow too much.
+
+        D is odd, or a power of two where s_y/s_x has so few bits that float32 holds s_y/(s_x·D).
+        """
+        if self.given.spec.bits <= 8 or self.taken.spec.bits > 8 or self.linear.bias is not None:
+            return None
+        if self.old.spec.bits < _LEAST_WEIGHT_BITS:
+            return None
+        (unit,) = exact_ratios([self.given.scale], self.taken.scale.item())
+        divisors = np.floor(float(unit) / self.old.scale * _ROUNDED).astype(np.int64)
+        divisors = np.minimum(divisors, _MOST_DIVISOR)
+        if divisors.min() < _LEAST_DIVISOR:
+            return None
+        whole = unit.denominator & (unit.denominator - 1) == 0 and unit.numerator < _FLOAT_WHOLE
+        kept = (divisors % 2 == 1) | (whole & (divisors & (divisors - 1) == 0))
+        scales = (float(unit) / (divisors - ~kept)).astype(np.float32)
+        new = with_larger_scale(self.old, np.maximum(scales, self.old.scale))
+        return new if self._divides(new) else None
+
     def for_integers(self, factor: int) -> Encoding | None:
         """Scales with which sums fit 32 bits, of as many bits as that allows.
 
@@ -318,18 +361,29 @@ class _Weight:
         whole = widened(codes) if weight.block_scales is None else weight.integers(codes)
         return np.moveaxis(whole, self.linear.channel_axis, 1)
 
-    def _fits(self, weight: Encoding) -> bool:
+    def _sums(self, weight: Encoding) -> tuple[Term, list[int]]:
+        """What can come of a product, and what is added to it: z_x's share and the bias, LSB."""
         codes = self._codes(weight)
         ratios = exact_ratios([self.taken.scale, weight.scale], self.given.scale)
-        cross = -int(self.taken.zero_point) * codes.sum(axis=0, dtype=np.int64)
+        added = -int(self.taken.zero_point) * codes.sum(axis=0, dtype=np.int64)
         bias = constant_array(self.linear.bias)
         if bias is not None:
             steps = self.taken.scale.astype(np.float64) * weight.scale
-            cross = cross + np.rint(bias.astype(np.float64) / steps).astype(np.int64)
-        addends = [int(a) * ratios[c % len(ratios)] for c, a in enumerate(cross)]
+            added = added + np.rint(bias.astype(np.float64) / steps).astype(np.int64)
+        spec = BYTE if self.taken.spec.bits > 8 else self.taken.spec
+        return linear_terms(spec, codes, ratios)[0], added.tolist()
+
+    def _fits(self, weight: Encoding) -> bool:
+        """True where 32 bits are enough, with ratios of few bits."""
+        sums, added = self._sums(weight)
+        addends = [a * sums.ratios[c % len(sums.ratios)] for c, a in enumerate(added)]
         zero, spec = int(self.given.zero_point), self.given.spec
         if self.taken.spec.bits > 8:
-            (sums,) = linear_terms(BYTE, codes, ratios)
             return split_point(sums, addends, zero, spec) is not None
-        terms = linear_terms(self.taken.spec, codes, ratios)
-        return short_point(terms, addends, zero, spec) is not None
+        return short_point([sums], addends, zero, spec) is not None
+
+    def _divides(self, weight: Encoding) -> bool:
+        """True where 32 bits are enough, with ratios that are 1/D."""
+        sums, added = self._sums(weight)
+        zero, spec = int(self.given.zero_point), self.given.spec
+        return quotient_point(sums, list(map(Fraction, added)), zero, spec) is not None

@@ -11,7 +11,9 @@ from qnpu.compiler.graph_edit import constant_array
 from qnpu.compiler.integer_functions import DOMAIN, named_inputs
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
-_MAKERS = frozenset({"IntRequantizeShort", "IntSumBytesShort", "IntAddShort"})
+_MAKERS = frozenset(
+    {"IntRequantizeShort", "IntRequantizeInside", "IntSumBytesShort", "IntAddShort"}
+)
 _READERS = {"IntAddShort": 2, "IntRMSNormShort": 1}  # how many first inputs are codes
 
 
@@ -46,9 +48,11 @@ class WidenSums(Pass):
 def _makes_unsigned(node: ir.Node, model: ir.Model) -> bool:
     if node.domain != DOMAIN or node.op_type not in _MAKERS:
         return False
-    low = constant_array(named_inputs(node, model)["low"])
-    kind = node.outputs[0].dtype
-    return kind is ir.DataType.UINT16 and low is not None and not low.any()
+    if node.outputs[0].dtype is not ir.DataType.UINT16:
+        return False
+    inputs = named_inputs(node, model)
+    low = constant_array(inputs.get("low"))
+    return "low" not in inputs or (low is not None and not low.any())
 
 
 def _read_by_sums(value: ir.Value) -> bool:

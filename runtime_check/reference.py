@@ -59,7 +59,7 @@ def requantize_short(
 ) -> Codes:
     """y = clamp(⌊Σ a_i·M_i + f + 1/2⌋ + z), M and f as ``ShortPoint`` says."""
     sums = _weighted([item.astype(np.int64) for item in operands], point.multipliers)
-    return _codes((sums + point.start) >> point.shift, zero_point, spec)
+    return _codes((sums + point.start) // point.step, zero_point, spec)
 
 
 def sum_bytes_short(

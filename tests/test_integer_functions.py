@@ -12,6 +12,7 @@ import pytest
 from qnpu.compiler.integer_arguments import (
     add_arguments,
     exponentials_arguments,
+    inside_arguments,
     join_arguments,
     lookup_arguments,
     lookup_pair_arguments,
@@ -42,7 +43,7 @@ from qnpu.compiler.integer_math import (
     short_norm_numbers,
     softmax_numbers,
 )
-from qnpu.compiler.integer_short import Term, short_point, split_point
+from qnpu.compiler.integer_short import Term, quotient_point, short_point, split_point
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.runtime_check import reference
 from tests.conftest import normal
@@ -108,6 +109,47 @@ def test_requantize_short(spec: QuantSpec, channels: int) -> None:
             for a in numbers[:, channel]
         ]
         np.testing.assert_array_equal(found[:, channel], np.clip(exact, spec.q_min, spec.q_max))
+
+
+@each_spec
+@pytest.mark.parametrize("channels", [1, 40])
+def test_requantize_short_by_division(spec: QuantSpec, channels: int) -> None:
+    bound = 1 << (spec.bits + 10)
+    numbers = np.random.default_rng(1).integers(-bound, bound, (64, 40)).astype(np.int32)
+    numbers[0, :2] = -bound, bound
+    divisors = [2001 + 2 * c for c in range(channels)]
+    added = [Fraction(c * 7919 % 1000 - 500) for c in range(channels)]
+    ratios = [Fraction(1, divisor) for divisor in divisors]
+    zero = (spec.q_min + spec.q_max) // 3
+    point = quotient_point(Term(ratios, [-bound], [bound]), added, zero, spec)
+    assert point is not None
+    assert not point.inside
+    found = call("IntRequantizeShort", [numbers], short_arguments(point, zero, spec), spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.requantize_short([numbers], point, zero, spec))
+    assert len(np.unique(found)) > 100
+    for channel in range(channels):
+        exact = [
+            round_half_up((int(a) + added[channel]) * ratios[channel]) + zero
+            for a in numbers[:, channel]
+        ]
+        np.testing.assert_array_equal(found[:, channel], np.clip(exact, spec.q_min, spec.q_max))
+
+
+@pytest.mark.parametrize("spec", [U8, U16], ids=str)
+def test_requantize_inside(spec: QuantSpec) -> None:
+    """Up to both ends of the codes, which no sum passes."""
+    zero, divisors = spec.q_max // 3, [3, 7, 64, 999]
+    ratios = [Fraction(1, divisor) for divisor in divisors]
+    low = [-zero * d - d // 2 for d in divisors]
+    high = [(spec.q_max - zero) * d + (d - 1) // 2 for d in divisors]
+    point = quotient_point(Term(ratios, low, high), [Fraction(0)], zero, spec)
+    assert point is not None
+    assert point.inside
+    numbers = np.linspace(low, high, 5000).astype(np.int32)
+    arguments = inside_arguments(point, zero, spec)
+    found = call("IntRequantizeInside", [numbers], arguments, spec.dtype)[0]
+    np.testing.assert_array_equal(found, reference.requantize_short([numbers], point, zero, spec))
+    assert (found.min(), found.max()) == (0, spec.q_max)
 
 
 @each_spec

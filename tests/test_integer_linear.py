@@ -249,7 +249,7 @@ def test_ratios_too_small_for_float32() -> None:
     """)
     with_constant(model, "w", np.full((features, 1), 127), ir.DataType.INT8)
     found = folded(model, a=np.full((1, features), 254, np.uint8))
-    assert operators(model)[-2:] == ["MatMulInteger", "IntRequantizeShort"]
+    assert operators(model)[-2:] == ["MatMulInteger", "IntRequantizeInside"]
     assert int(found[0, 0]) == round_half_up(Fraction(features * 127 * 254 * 15, 1 << 24))
 
 

@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnpu.compiler.integer_math import round_half_up
-from qnpu.compiler.integer_short import Term, exact_in_float, linear_terms, short_point, split_point
-from tests.integer_nodes import S8, SPECS, U8, U16, result
+from qnpu.compiler.integer_short import (
+    Term,
+    exact_in_float,
+    linear_terms,
+    quotient_point,
+    short_point,
+    split_point,
+)
+from qnpu.compiler.quant_types import QuantSpec
+from tests.integer_nodes import S8, S16, SPECS, U8, U16, result
 
 
 def by_hand(total: Fraction, zero: int, low: int, high: int) -> int:
@@ -39,16 +47,16 @@ def test_exact_at_the_ends_and_at_ties(
     point = short_point([Term(ratios, [low], [high])], [addend], zero, spec)
     assert point is not None
     for channel, ratio in enumerate(ratios):
-        k = point.shift
+        step = int(point.step)
         m, start = (
             int(np.broadcast_to(a, len(ratios))[channel])
             for a in (point.multipliers[0], point.start)
         )
         ties = [round(Fraction(2 * n + 1, 2) / ratio) for n in (-3, 0, 5)]
         for a in (low, high, 0, *(min(max(tie, low), high) for tie in ties)):
-            lifted = a * m + start + ((zero + point.lift) << k)
+            lifted = a * m + start + (zero + point.lift) * step
             assert (0 if spec.signed or point.lift else -1 << 31) <= lifted < 1 << 31
-            cut = int(Fraction(lifted, 1 << k))  # towards 0
+            cut = int(Fraction(lifted, step))  # towards 0
             found = min(max(cut, point.lift + spec.q_min), point.lift + spec.q_max)
             expected = by_hand(a * ratio + addend, zero, spec.q_min, spec.q_max)
             assert found - point.lift == expected
@@ -60,15 +68,81 @@ def test_two_terms() -> None:
     point = short_point(terms, [Fraction(-9)], 100, U16)
     assert point is not None
     assert [int(m) for m in point.multipliers] == [48, 1]
-    assert point.shift == 6
+    assert point.step == 1 << 6
 
 
 def test_one_shift_for_all_channels() -> None:
     ratios = [Fraction(1, 4), Fraction(17, 256)]
     point = short_point([Term(ratios, [-1000], [1000])], [Fraction(0)], 0, U8)
     assert point is not None
-    assert point.shift == 8
+    assert point.step == 1 << 8
     np.testing.assert_array_equal(point.multipliers[0], [64, 17])
+
+
+@given(
+    st.sampled_from(SPECS),
+    st.lists(st.integers(1, 999), min_size=1, max_size=3),
+    st.integers(-(1 << 20), 1 << 20),
+    st.sampled_from([Fraction(0), Fraction(1, 1 << 25), Fraction(-1, 1 << 25)]),
+    st.data(),
+)
+def test_quotients_are_exact_wherever_they_are_said_to_be(
+    spec: object, divisors: list[int], added: int, error: Fraction, data: st.DataObject
+) -> None:
+    """At the ends, around ties, and where results begin to be clipped."""
+    assert isinstance(spec, type(U8))
+    zero = data.draw(st.integers(spec.q_min, spec.q_max))
+    ratios = [Fraction(1, d) * (1 + error) for d in divisors]
+    reach = 1 << 22
+    point = quotient_point(Term(ratios, [-reach], [reach]), [Fraction(added)], zero, spec)
+    if point is None:
+        assert error or spec.signed  # a lift for one channel can be too much for another
+        return
+    for channel, (ratio, divisor) in enumerate(zip(ratios, divisors, strict=True)):
+        step, start = (
+            int(np.broadcast_to(a, len(ratios))[channel]) for a in (point.step, point.start)
+        )
+        assert step == divisor
+        halves = [(2 * n + 1) * divisor // 2 - added for n in (-70000, -129, -2, -1, 0, 7, 255)]
+        near = [h + d for h in halves for d in (-1, 0, 1)]
+        for a in (-reach, reach, -added, *(n for n in near if abs(n) <= reach)):
+            lifted = a + start + (zero + point.lift) * step
+            assert (0 if spec.signed else -1 << 31) <= lifted < 1 << 31
+            cut = int(Fraction(lifted, step))  # towards 0
+            found = min(max(cut, point.lift + spec.q_min), point.lift + spec.q_max)
+            expected = by_hand((a + added) * ratio, zero, spec.q_min, spec.q_max)
+            assert found - point.lift == expected
+    assert point.lift % (1 << spec.bits) == 0
+
+
+def test_what_is_no_quotient() -> None:
+    def quotient(ratio: Fraction, high: int = 1000, added: Fraction = Fraction(0)) -> bool:
+        return quotient_point(Term([ratio], [0], [high]), [added], 0, U16) is not None
+
+    off = 1 + Fraction(1, 1 << 18)
+    assert quotient(Fraction(1, 6))
+    assert quotient(off / 7)
+    assert not quotient(off / 6)  # 3 would be halfway
+    assert quotient(off / 7, high=(1 << 17) - 1)
+    assert not quotient(off / 7, high=1 << 17)
+    assert quotient(off, high=1 << 30)  # what is clipped does not count
+    assert not quotient(Fraction(1, 7), added=Fraction(1, 2))
+    assert not quotient(Fraction(1, 7), high=(1 << 31) - 3)
+    assert not quotient(Fraction(2, 7))
+
+
+def test_what_no_sum_can_clip() -> None:
+    """Codes from 0 to 65,535, and no sum below 0."""
+
+    def inside(low: int, high: int, zero: int = 100, spec: QuantSpec = U16) -> bool:
+        point = quotient_point(Term([Fraction(1, 9)], [low], [high]), [Fraction(0)], zero, spec)
+        assert point is not None
+        return point.inside
+
+    assert inside(-904, 9 * 65435 + 4)
+    assert not inside(-905, 0)
+    assert not inside(0, 9 * 65435 + 5)
+    assert not inside(0, 9, spec=S16)  # what lifts those vanishes in a cast alone
 
 
 def test_sums_of_two_bytes() -> None:

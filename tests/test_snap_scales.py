@@ -97,6 +97,13 @@ def few_bits(ratio: Fraction, bits: int) -> bool:
     return denominator & (denominator - 1) == 0 and odd_part(float(ratio)) < 1 << bits
 
 
+def is_quotient(ratio: Fraction) -> bool:
+    """1/D, as float32 has it; an even D exactly."""
+    divisor = round(1 / ratio)
+    error = abs(ratio * divisor - 1)
+    return 3 <= divisor < 1 << 14 and (not error or (divisor % 2 == 1 and error < 2**-23))
+
+
 @pytest.mark.parametrize(
     ("architecture", "scheme"),
     [
@@ -111,7 +118,11 @@ def test_ratios_have_few_bits(architecture: str, scheme: str) -> None:
     assert count > 10
     found = ratios(compilation)
     assert len(found) > 4
-    assert all(few_bits(ratio, 10) for channel in found.values() for ratio in channel)
+    whole = [c for c in found.values() if not all(map(is_quotient, c))]
+    assert all(few_bits(ratio, 10) for channel in whole for ratio in channel)
+    wide = [name for name in found if compilation.encodings[name].spec.bits == 16]
+    divided = [name for name in wide if all(map(is_quotient, found[name]))]
+    assert bool(divided) == (scheme == "w8a8" and architecture in ("llama", "qwen2", "phi3"))
     narrow = [name for name in found if compilation.encodings[name].spec.bits == 8]
     assert bool(narrow) == scheme.endswith("a8")
     assert all(few_bits(ratio, 5) for name in narrow for ratio in found[name])
@@ -160,22 +171,52 @@ def test_what_is_added_takes_the_larger_scale_of_the_sum() -> None:
     assert scales["c"] < scales["o"] / 8
 
 
-def test_a_small_ratio_beside_a_large_zero_point() -> None:
-    """It has few bits behind the point, so that 32 hold the zero point as well."""
+def small_ratio(scheme: str) -> tuple[list[Fraction], int]:
+    """Ratios of a linear with a channel of small weights, and the zero point of its result."""
     compilation = encoded(
         """
         g (float[3, 3] x, float[3, 3] r) => (float[3, 3] z)
         <float[3, 3] w = {1, 0, 0, 0, 0.8, 0, 0, 0, 0.001}>
         { a = MatMul(x, w) z = Add(a, r) }
         """,
+        scheme,
         x=normal(3, 3),
         r=normal(3, 3, seed=1, scale=4000),
     )
     snapped(compilation)
-    found = ratios(compilation)["a"]
-    zero = int(compilation.encodings["a"].zero_point)
+    return ratios(compilation)["a"], int(compilation.encodings["a"].zero_point)
+
+
+def test_a_small_ratio_beside_a_large_zero_point() -> None:
+    """It has few bits behind the point, so that 32 hold the zero point as well."""
+    found, zero = small_ratio("w4a8")
     behind = max(ratio.denominator.bit_length() - 1 for ratio in found)
     assert zero << behind < 1 << 31
+    assert all(few_bits(ratio, 10) for ratio in found)
+
+
+def test_a_small_quotient_beside_a_large_zero_point() -> None:
+    """Times its D the zero point is within 32 bits, too."""
+    found, zero = small_ratio("w8a8")
+    assert all(map(is_quotient, found))
+    assert zero > 10000
+    assert round(1 / min(found)) == (1 << 14) - 1
+
+
+def test_a_sum_of_few_steps_is_not_divided() -> None:
+    """By 1 or 2 rather than 1.9 or 2.9: weights would lose much of a bit."""
+    compilation = encoded(
+        """
+        g (float[3, 3] x, float[3, 3] r) => (float[3, 3] z)
+        <float[3, 3] w = {1, 0, 0, 0, 0.8, 0, 0, 0, 0.9}>
+        { a = MatMul(x, w) z = Add(a, r) }
+        """,
+        x=normal(3, 3),
+        r=normal(3, 3, seed=1),
+    )
+    snapped(compilation)
+    found = ratios(compilation)["a"]
+    assert not any(map(is_quotient, found))
     assert all(few_bits(ratio, 10) for ratio in found)
 
 
