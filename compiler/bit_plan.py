@@ -38,6 +38,8 @@ class Scheme:
         down_bits: inputs of down projections. They hold massive activations, so 16 even where
             ``input_bits`` is less, as in the paper's published figures (§7).
         other_bits: norms, softmax, activation functions, residual, embedding, rotary.
+        gate_bits: what activation functions give in front of down projections, and its products
+            (SiLU's sigmoid and product), up to the input of those.
         query_bits: queries, the first operand of the MatMul whose result a softmax takes.
         kv_bits: keys and values, that is the second operand of an activation-by-activation MatMul.
         head_bits: weights of the last linear (lm_head).
@@ -53,6 +55,7 @@ class Scheme:
     output_bits: int
     down_bits: int = 16
     other_bits: int = 16
+    gate_bits: int = 16
     query_bits: int = 16
     kv_bits: int = 8
     head_bits: int = 8
@@ -88,8 +91,9 @@ class BitPlan:
     Attributes:
         scheme: its name.
         specs: in graph order.
-        sensitivities: input of a down projection → its relative error at few bits
-            (``qnpu.runtime_check.sensitivity``); empty where it was not measured.
+        sensitivities: input of a down projection, or what an activation function makes for it →
+            its relative error at few bits (``qnpu.runtime_check.sensitivity``); empty where it was
+            not measured.
         promoted: those that were given more bits for it, most sensitive first.
         choices: bits of every linear and cache, as they came to be.
     """

@@ -258,6 +258,13 @@ def _compile(
     down_bits: Annotated[
         int | None, typer.Option(help="Inputs of down projections: 8 or 16. Default: 16.")
     ] = None,
+    gate_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="What activation functions give in front of down projections: 8 or 16. "
+            "Default: 16."
+        ),
+    ] = None,
     query_bits: Annotated[
         int | None, typer.Option(help="Queries where scores are computed: 8 or 16. Default: 16.")
     ] = None,
@@ -275,7 +282,8 @@ def _compile(
     promote: Annotated[
         float | None,
         typer.Option(
-            help="Share of down projections that keep 16 bits at --down-bits 8. Default: 0."
+            help="Share of down projections that keep 16 bits at --down-bits 8 or --gate-bits 8. "
+            "Default: 0."
         ),
     ] = None,
     rotate: Annotated[
@@ -408,6 +416,7 @@ def _compile(
         "learn_device": learn_device,
         "learn_sharded": learn_sharded,
         "down_bits": down_bits,
+        "gate_bits": gate_bits,
         "query_bits": query_bits,
         "logits_bits": logits_bits,
         "weight_block": weight_block,

@@ -41,12 +41,14 @@ class CompileConfig:
         search_windows: windows of text to measure losses on, behind those of calibration.
         losses: folder to keep measured losses in; empty: that of the results.
         down_bits: bits of the inputs of down projections, 8 or 16.
+        gate_bits: bits of what activation functions give in front of down projections, 8 or 16.
         query_bits: bits of queries where scores are computed, 8 or 16.
         logits_bits: bits of the last linear's result, 8 or 16.
         weight_block: features that share a whole block scale of a 4-bit weight (LPBQ): 16, 32, 64
             or 128; 0: one scale per output channel. With a budget a choice for each weight.
         promote: share of the down projections, 0 to 1, that get 16-bit inputs where ``down_bits``
-            is 8: those that lose most at 8 bits.
+            is 8: those that lose most at 8 bits; and that activation functions keep 16 bits for
+            where ``gate_bits`` is 8.
         plan: a bit_plan.json, perhaps edited: bits of linears and caches; all else goes by the
             scheme, which is to be the plan's.
         target: name of a target profile.
@@ -103,6 +105,7 @@ class CompileConfig:
 
     scheme: str = "w8a16"
     down_bits: int = 16
+    gate_bits: int = 16
     query_bits: int = 16
     logits_bits: int = 16
     weight_block: int = 0
@@ -159,11 +162,11 @@ class CompileConfig:
         load_target(self.target)
         for name in self.emit:
             emission(name)
-        for option in ("down_bits", "query_bits", "logits_bits"):
+        for option in ("down_bits", "gate_bits", "query_bits", "logits_bits"):
             if getattr(self, option) not in (8, 16):
                 _fail(option, f"{getattr(self, option)} is neither 8 nor 16")
         _check_share("promote", self.promote)
-        if self.promote and self.down_bits == 16:
+        if self.promote and self.down_bits == self.gate_bits == 16:
             _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
         if self.plan and (self.promote or self.down_bits == 8):
             _fail("plan", "says itself which inputs get 16 bits: no promote, no down_bits")
@@ -301,6 +304,7 @@ class CompileConfig:
         return dataclasses.replace(
             Scheme.parse(self.scheme),
             down_bits=self.down_bits,
+            gate_bits=self.gate_bits,
             query_bits=self.query_bits,
             logits_bits=self.logits_bits,
             block=self.weight_block,

@@ -16,7 +16,8 @@ class Cpu(enum.Enum):
     saturate. Its products of two uint8 are right everywhere, but at most half as fast with VNNI.
 
     ANY: uint8 · uint8; int8 codes are turned into uint8 as the file is loaded.
-    VNNI: uint8 · int8; right on x86 with VNNI or AMX, and on Arm.
+    VNNI: uint8 · int8; right on x86 with VNNI or AMX, and on Arm. Such a graph is there for ONNX
+        Runtime's sake, and may use its own QLinearMul and QLinearSigmoid, which are fast.
     """
 
     ANY = "any"

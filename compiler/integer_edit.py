@@ -125,11 +125,18 @@ class IntegerEditor(GraphEditor):
         return self._argument("scale", array)
 
     def codes(
-        self, op_type: str, inputs: Sequence[ir.Value | None], like: ir.Value, *, before: ir.Node
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        like: ir.Value,
+        *,
+        before: ir.Node,
+        domain: str = "",
     ) -> ir.Value:
-        """The codes that a standard operator gives, of the type and shape of ``like``."""
+        """The codes that an operator gives, of the type and shape of ``like``."""
         shape = like.shape.dims if like.shape is not None else None
-        result = self.node(op_type, inputs, name_of(like), shape, before=before)
+        result = self.node(op_type, inputs, name_of(like), shape, before=before, domain=domain)
+        self._model.opset_imports.setdefault(domain, VERSION)
         maker = result.producer()
         if maker is not None:
             maker.name = self.free_name(f"{name_of(like)}_{op_type}")

@@ -45,7 +45,7 @@ def integer_passes(cpu: Cpu) -> list[Pass]:
         FoldConversions(),
         LowerRotary(),
         LowerAttention(cpu),
-        LowerNonlinear(),
+        LowerNonlinear(cpu),
         FoldRequantize(cpu),
         FoldReshapes(),
         JoinHalves(),

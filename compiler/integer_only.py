@@ -4,8 +4,10 @@ Integer functions are inlined first, so tensors inside their bodies are looked a
 the types that this call gives them. Declared types of results are dropped before inference: what
 is left has followed from inputs, initializers and operators alone.
 
-A QLinearMatMul's scales are floats by ONNX's definition. They may be, where they are initializers
-that nothing else takes: no float is computed of them outside of that operator.
+Scales of QLinearMatMul, QLinearMul and QLinearSigmoid are floats by definition. They may be, where
+they are initializers that nothing else takes: no float is computed of them outside of those
+operators. ONNX infers no types for operators of com.microsoft: what those two give has the type of
+its zero point, their last input, also by definition.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def _faults_of(value: ir.Value, node: str) -> Iterator[Fault]:
         yield f"holds floats, {value.dtype.name}", node, name_of(value)
 
 
+_LIKE_LAST_INPUT = frozenset({("com.microsoft", "QLinearMul"), ("com.microsoft", "QLinearSigmoid")})
 _NO_NUMBERS = (ir.DataType.BOOL, ir.DataType.STRING)
 
 
@@ -64,8 +67,9 @@ def _inlined(model: ir.Model) -> ir.Model:
     for graph in copy.graphs():
         for node in graph:
             node.metadata_props[_CALLER] = name_of(node)
+            given = node.inputs[-1] if (node.domain, node.op_type) in _LIKE_LAST_INPUT else None
             for value in node.outputs:
-                value.type, value.shape = None, None
+                value.type, value.shape = None if given is None else given.type, None
     common.InlinePass()(copy)
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
     return copy

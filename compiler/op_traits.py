@@ -34,8 +34,10 @@ _PARAMETER_INPUTS: dict[str, tuple[int, ...]] = {
 }
 
 # Inputs by which an operator on codes requantizes: floats by its definition, and constants here.
-_SCALE_INPUTS: dict[str, tuple[int, ...]] = {
-    "QLinearMatMul": (1, 4, 6),
+_SCALE_INPUTS: dict[tuple[str, str], tuple[int, ...]] = {
+    ("", "QLinearMatMul"): (1, 4, 6),
+    ("com.microsoft", "QLinearMul"): (1, 4, 6),
+    ("com.microsoft", "QLinearSigmoid"): (1, 3),
 }
 
 # Output range known from the function itself (real). With 2^b steps over [0, 1) the scale is a
@@ -84,7 +86,7 @@ def is_scale(value: ir.Value) -> bool:
         value.is_initializer()
         and not value.is_graph_output()
         and all(
-            is_standard(node) and index in _SCALE_INPUTS.get(node.op_type, ())
+            index in _SCALE_INPUTS.get((node.domain.removeprefix("ai.onnx"), node.op_type), ())
             for node, index in value.uses()
         )
     )

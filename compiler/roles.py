@@ -121,6 +121,22 @@ def is_down_projection(linear: Linear) -> bool:
     return joins_residual(linear.node.outputs[0])
 
 
+def gate_values(linear: Linear) -> Iterator[ir.Value]:
+    """What lies between other linears and what a down projection takes: SiLU's parts, a GELU.
+
+    Not what it takes itself, which has bits of its own.
+    """
+    node = computed_by(linear.activation)
+    pending = [node] if node is not None else []
+    while pending:
+        for value in pending.pop().inputs:
+            maker = _behind_copies(value)
+            if maker is None or as_linear(maker) or normalized_inputs(maker):
+                continue
+            yield maker.outputs[0]
+            pending.append(maker)
+
+
 def can_have_blocks(weight: ir.Value, size: int) -> bool:
     """Whether so many features of a weight can share a block scale: only a MatMul takes those."""
     shape = static_shape(weight) or ()

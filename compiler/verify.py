@@ -15,6 +15,7 @@ from qnpu.compiler.op_traits import (
     is_float,
     is_layout_copy,
     is_parameter,
+    is_scale,
     layout_inputs,
 )
 from qnpu.compiler.pass_base import Compilation, Stage
@@ -99,7 +100,7 @@ def _every_edge_quantized(compilation: Compilation) -> Iterator[Fault]:
             for index, value in enumerate(node.inputs):
                 if value is None or not is_float(value) or is_parameter(node, index):
                     continue
-                if not _is_dequantized(value):
+                if not (_is_dequantized(value) or is_scale(value)):
                     yield (
                         "computes on a float that is not dequantized",
                         name_of(node),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from qnpu.compiler.roles import (
     can_have_blocks,
     computing_uses,
     copies,
+    gate_values,
     is_down_projection,
     is_online_rotation,
     is_requantize_point,
@@ -76,9 +78,10 @@ class AssignBitWidths(Pass):
     linear, and 8 instead of 4 where no rotation has spread their outliers (§2; QN506) or where the
     target has no 4-bit activations (QN507); outputs of linears ``output_bits``; an output that is
     added to another activation (the residual stream) or leaves the graph, and everything else,
-    ``other_bits``, but queries ``query_bits`` where scores are computed, and logits
-    ``logits_bits``; the second operand of an activation-by-activation MatMul (keys, values)
-    ``kv_bits``, from where it is computed, so that a cache holds the narrow form, in and out.
+    ``other_bits``, but queries ``query_bits`` where scores are computed, logits ``logits_bits``,
+    and what activation functions make for down projections ``gate_bits``; the second operand of an
+    activation-by-activation MatMul (keys, values) ``kv_bits``, from where it is computed, so that a
+    cache holds the narrow form, in and out.
     An online rotation (a MatMul by a Hadamard matrix) takes ``other_bits``, since it is there to
     take what 8 bits cannot hold, and hands out what its consumer asks for; its matrix is signed,
     8 bits, one scale for all of it, so that its codes are ±1.
@@ -93,7 +96,8 @@ class AssignBitWidths(Pass):
 
     With ``promote`` the graph runs on data first, and the inputs of down projections that lose most
     at ``down_bits`` get ``other_bits`` instead: the share of them with the greatest mean relative
-    error (quantnpu.md §1, paper Eq. 4).
+    error (quantnpu.md §1, paper Eq. 4). So do the activation functions in front of those, and the
+    same share of those that lose most at ``gate_bits``.
 
     Must not fire where an input already has the width its consumer wants.
 
@@ -105,7 +109,8 @@ class AssignBitWidths(Pass):
 
     Attributes:
         scheme: bits by role.
-        promote: share of the down projections, 0 to 1, that get wide inputs all the same.
+        promote: share of the down projections, 0 to 1, that get wide inputs all the same, and of
+            those that activation functions stay wide for.
         data: what to measure on; None: nothing is promoted.
         progress: called with fraction done.
         choices: bits of linears and caches; None: those of the compilation.
@@ -126,7 +131,9 @@ class AssignBitWidths(Pass):
         count = separate_roles(graph)
         linears = {node: linear for node in graph if (linear := as_linear(node)) is not None}
         ratios = self._sensitivities(compilation, linears)
-        promoted = most_sensitive(ratios, self.promote)
+        gates = {name_of(value) for item in linears.values() for value in _nearest_gate(item)}
+        promoted = most_sensitive({k: r for k, r in ratios.items() if k not in gates}, self.promote)
+        promoted += most_sensitive({k: r for k, r in ratios.items() if k in gates}, self.promote)
         scheme = self._scheme_of(compilation)
         choices = self.choices or compilation.bit_choices
         _check_choices(choices, graph, linears)
@@ -159,11 +166,18 @@ class AssignBitWidths(Pass):
     def _sensitivities(
         self, compilation: Compilation, linears: dict[ir.Node, Linear]
     ) -> dict[str, float]:
-        """Input of each down projection → its relative error; empty where nobody asks."""
-        if not self.promote or self.data is None or self.scheme.down_bits >= self.scheme.other_bits:
+        """Input of each down projection, and its gate → relative error; empty where none asks."""
+        scheme, downs = self.scheme, list(filter(is_down_projection, linears.values()))
+        narrowest = min(scheme.down_bits, scheme.gate_bits)
+        if not self.promote or self.data is None or narrowest >= scheme.other_bits:
             return {}
-        sources = [_wide(item.activation) for item in linears.values() if is_down_projection(item)]
-        names = list(dict.fromkeys(name_of(value) for value in sources))
+        asked: dict[str, int] = {}  # name → bits
+        if scheme.down_bits < scheme.other_bits:
+            asked |= {name_of(_wide(item.activation)): scheme.down_bits for item in downs}
+        if scheme.gate_bits < scheme.other_bits:
+            gates = [value for item in downs for value in _nearest_gate(item)]
+            asked |= {name_of(value): scheme.gate_bits for value in gates}
+        names = list(asked)
         known = compilation.bit_plan.sensitivities
         if not names:
             compilation.diagnostics.append(NothingToPromote(self.promote).at())
@@ -174,8 +188,8 @@ class AssignBitWidths(Pass):
         if faults:
             raise DiagnosticError(faults)
         batches = [turn_caches(model, feeds) for feeds in self.data.feeds(model.graph.inputs)]
-        spec = compilation.target.activation_spec(self.scheme.down_bits)
-        return relative_errors(model, batches, names, spec, progress=self.progress)
+        specs = {name: compilation.target.activation_spec(bits) for name, bits in asked.items()}
+        return relative_errors(model, batches, specs, progress=self.progress)
 
     def _fill(
         self,
@@ -242,6 +256,8 @@ class _Widths:
                 self._bits[result] = scheme.logits_bits if is_logits else scheme.other_bits
             if is_online_rotation(linear):
                 self._bits[result] = self._asked_by_consumers(result)
+            elif is_down_projection(linear) and not self._has_wide_gate(linear):
+                self._bits |= dict.fromkeys(gate_values(linear), scheme.gate_bits)
         for node in graph:
             if is_requantize_point(node):
                 self._bits[node.outputs[0]] = self._asked_by_consumers(node.outputs[0])
@@ -322,11 +338,18 @@ class _Widths:
 
     def _input_bits_by_role(self, linear: Linear) -> int:
         scheme = self._scheme
-        if is_online_rotation(linear) or name_of(_wide(linear.activation)) in self._promoted:
+        if is_online_rotation(linear) or self._is_promoted(linear):
             return scheme.other_bits
         if is_down_projection(linear):
             return scheme.down_bits
         return scheme.head_input_bits if linear.node is self.head else scheme.input_bits
+
+    def _is_promoted(self, linear: Linear) -> bool:
+        return name_of(_wide(linear.activation)) in self._promoted
+
+    def _has_wide_gate(self, linear: Linear) -> bool:
+        gates = map(name_of, _nearest_gate(linear))
+        return self._is_promoted(linear) or any(name in self._promoted for name in gates)
 
     def _measure_groups(self) -> None:
         for group in encoding_groups(self._graph):
@@ -426,6 +449,11 @@ def _check_choices(choices: BitChoices, graph: ir.Graph, linears: dict[ir.Node, 
     ]
     if faults:
         raise DiagnosticError(faults)
+
+
+def _nearest_gate(linear: Linear) -> list[ir.Value]:
+    """What an activation function makes right in front of a down projection's input, if it does."""
+    return list(islice(gate_values(linear), 1)) if is_down_projection(linear) else []
 
 
 def _wide(value: ir.Value) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -19,6 +19,7 @@ from qnpu.compiler.integer_arguments import (
     short_norm_arguments,
     softmax_arguments,
 )
+from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_edit import IntegerEditor
 from qnpu.compiler.integer_math import (
     NormShape,
@@ -30,6 +31,7 @@ from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import FloatArray
+from qnpu.compiler.quantized_operators import DOMAIN, is_exact_sigmoid, product_ratio
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
@@ -40,6 +42,7 @@ from qnpu.compiler.quantized_results import (
     table_order,
 )
 
+_BYTES = frozenset({ir.DataType.UINT8, ir.DataType.INT8})
 # Functions of one number, whose every value a table holds.
 _UNARY = frozenset(
     {
@@ -87,11 +90,14 @@ class LowerNonlinear(Pass):
         DQ → Sigmoid → Q              qnpu.IntLookup (Tanh, Gelu, Pow with a constant, …)
         DQ(x) · DQ(f(x)) → Q          qnpu.IntLookup of x alone
         DQ(x) · DQ(f(y)) → Q          qnpu.IntLookupPair, where x and y have 8 bits
+        DQ(x) · DQ(y) → Q             QLinearMul and QLinearSigmoid, of 8 bits and for ``cpu`` VNNI
 
     Each takes codes and gives codes. Softmax and norms are formulas in 64-bit integers
     (``qnpu.compiler.integer_functions``; quantnpu.md §6), within 1 LSB of the exact result.
     Functions of one number become tables of all 2^b results, exactly rounded: 256 or 65,536
-    entries; so do products of two 8-bit numbers, or of what was looked up for such.
+    entries; so do products of two 8-bit numbers, or of what was looked up for such. Operators of
+    ONNX Runtime's own take the place of tables where they are faster and give the same codes, which
+    is tried on all of them (``qnpu.compiler.quantized_operators``).
 
     Must not fire where an input has several scales or none, a result is read as a float, or a
     norm's gains are computed.
@@ -101,9 +107,11 @@ class LowerNonlinear(Pass):
     consumes: ClassVar[Stage] = Stage.QDQ
     produces: ClassVar[Stage] = Stage.QDQ
 
+    cpu: Cpu = Cpu.ANY
+
     def run(self, compilation: Compilation) -> int:
         model = compilation.model
-        editor, count = IntegerEditor(model), 0
+        editor, count = IntegerEditor(model, self.cpu), 0
         for node in list(model.graph):
             lower = _lowering(node)
             operand = coded_input(node.inputs[0]) if lower is not None and node.inputs else None
@@ -219,6 +227,10 @@ def _lookup(
 ) -> ir.Value | None:
     if operand.constant or any(v is not None and not _is_scalar(v) for v in node.inputs[1:]):
         return None
+    bytes_alone = node.op_type == "Sigmoid" and _has_bytes(editor, operand, result)
+    if bytes_alone and is_exact_sigmoid(operand, result):
+        scales = [operand.scale, result.scale]
+        return _quantized(editor, "QLinearSigmoid", node, [operand], result, scales)
     table = result.rounded(_function_values(node, operand) / result.scale)
     return editor.lookup(operand.codes, table, result.codes, before=node)
 
@@ -236,6 +248,13 @@ def _lookup_of_product(
             return None
         table = result.rounded(one.real * other.real / result.scale)
         return editor.lookup(one.codes, table, result.codes, before=node)
+    first, second = (coded_input(value) for value in node.inputs)
+    if first and second and _has_bytes(editor, first, second, result):
+        ratio = product_ratio(first, second, result)
+        if ratio is not None:
+            return _quantized(
+                editor, "QLinearMul", node, [first, second], result, [float(ratio), 1, 1]
+            )
     shape = static_shape(one.codes)
     if shape is None or static_shape(other.codes) != shape or len(one.real) + len(other.real) > 512:
         return None
@@ -246,6 +265,30 @@ def _lookup_of_product(
     return editor.call(
         "IntLookupPair", [one.codes, other.codes], arguments, result.codes, before=node
     )
+
+
+def _has_bytes(editor: IntegerEditor, *items: CodedInput | CodedResult) -> bool:
+    """True where operators of ONNX Runtime's own take and give such codes, and may be used."""
+    kinds = {item.encoding.spec.dtype for item in items}
+    return editor.cpu is Cpu.VNNI and len(kinds) == 1 and kinds <= _BYTES
+
+
+def _quantized(
+    editor: IntegerEditor,
+    op_type: str,
+    node: ir.Node,
+    operands: Sequence[CodedInput],
+    result: CodedResult,
+    scales: Sequence[float],
+) -> ir.Value:
+    """An operator of ONNX Runtime's own: codes, scale and zero point of each operand, then of y."""
+    ends: list[CodedInput | CodedResult] = [*operands, result]
+    inputs: list[ir.Value] = []
+    for item, scale in zip(ends, scales, strict=True):
+        zero_point = editor.zero_point(item.zero_point, item.codes)
+        taken = [] if item is result else [item.codes]
+        inputs += [*taken, editor.scale(np.array(scale, np.float32)), zero_point]
+    return editor.codes(op_type, inputs, result.codes, before=node, domain=DOMAIN)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import floor
 
 import numpy as np
@@ -22,8 +22,7 @@ _STEP = "measure sensitivity"
 def relative_errors(
     model: ir.Model,
     batches: Sequence[Feeds],
-    names: Collection[str],
-    spec: QuantSpec,
+    specs: Mapping[str, QuantSpec],
     *,
     segment_bytes: int = SEGMENT_BYTES,
     progress: ProgressCallback = no_progress,
@@ -37,37 +36,36 @@ def relative_errors(
     Args:
         model: float, typed, topologically sorted.
         batches: one feed dictionary per batch.
-        names: values that nodes make.
-        spec: what to encode the tensors to.
+        specs: values that nodes make, and what to encode them to.
         segment_bytes: activations per segment.
         progress: called with fraction done.
 
     Returns:
-        Name → ratio, in the order of ``names``; 0 for a tensor without elements.
+        Name → ratio, in the order of ``specs``; 0 for a tensor without elements.
 
     Raises:
         DiagnosticError: QN304 where a tensor holds NaN or infinity.
     """
-    observers = {name: Observer(RangeMethod.MIN_MAX) for name in names}
+    observers = {name: Observer(RangeMethod.MIN_MAX) for name in specs}
     runner = SegmentRunner(model, batches, segment_bytes)
     steps = 2 * max(len(runner.segments) * len(batches), 1)
     done = 0
-    for step in runner.stream(set(names)):
+    for step in runner.stream(set(specs)):
         for name, array in step.values.items():
             observers[name].look(array)
         done += 1
         progress(_STEP, done / steps)
-    encodings = {name: encoding_of(name, observers[name], spec) for name in names}
-    sums = dict.fromkeys(names, 0.0)
-    counts = dict.fromkeys(names, 0)
-    for step in SegmentRunner(model, batches, segment_bytes).stream(set(names)):
+    encodings = {name: encoding_of(name, observers[name], spec) for name, spec in specs.items()}
+    sums = dict.fromkeys(specs, 0.0)
+    counts = dict.fromkeys(specs, 0)
+    for step in SegmentRunner(model, batches, segment_bytes).stream(set(specs)):
         for name, array in step.values.items():
             sums[name] += _error_sum(array, encodings[name])
             counts[name] += array.size
         done += 1
         progress(_STEP, done / steps)
     progress(_STEP, 1.0)
-    return {name: sums[name] / max(counts[name], 1) for name in names}
+    return {name: sums[name] / max(counts[name], 1) for name in specs}
 
 
 def _error_sum(array: Array, encoding: Encoding) -> float:

@@ -34,7 +34,7 @@ def ratio(x: Array, bits: int = 8) -> float:
 def measured(x: Array, spec: QuantSpec = U8, limit: int = 2**20) -> float:
     shape = ", ".join(map(str, x.shape))
     model = parse(f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Identity(x) }}")
-    return relative_errors(model, [{"x": x}], ["y"], spec, segment_bytes=limit)["y"]
+    return relative_errors(model, [{"x": x}], {"y": spec}, segment_bytes=limit)["y"]
 
 
 @pytest.mark.parametrize("spec", [U8, S8])
@@ -64,7 +64,7 @@ def test_streamed_equals_all_at_once(limit: int) -> None:
     x = normal(5, 16, 16, seed=1)
     x[3, 2, 1] = 20
     batches = [{"x": run} for run in x]
-    found = relative_errors(parse(NETWORK), batches, ["d", "b"], U8, segment_bytes=limit)
+    found = relative_errors(parse(NETWORK), batches, {"d": U8, "b": U8}, segment_bytes=limit)
     assert list(found) == ["d", "b"]
     assert found["b"] == pytest.approx(ratio(-x), rel=1e-5)
     assert found["d"] == pytest.approx(ratio(np.exp(np.abs(x))), rel=1e-5)
@@ -74,7 +74,7 @@ def test_wider_codes_lose_less() -> None:
     x = normal(16, 16)
     model, batches = parse(NETWORK), [{"x": x}]
     by_bits = [
-        relative_errors(model, batches, ["b"], QuantSpec(bits, False, False))["b"]
+        relative_errors(model, batches, {"b": QuantSpec(bits, False, False)})["b"]
         for bits in (4, 8, 16)
     ]
     assert by_bits[0] > 4 * by_bits[1] > 16 * by_bits[2]
@@ -85,7 +85,7 @@ def test_what_is_not_finite(bad: float) -> None:
     x = normal(16, 16)
     x[0, 0] = bad
     with pytest.raises(DiagnosticError) as caught:
-        relative_errors(parse(NETWORK), [{"x": x}], ["b"], U8)
+        relative_errors(parse(NETWORK), [{"x": x}], {"b": U8})
     assert caught.value.codes == ["QN304"]
 
 
@@ -93,7 +93,7 @@ def test_progress_ends_at_one() -> None:
     parts: list[float] = []
     batches = [{"x": normal(16, 16, seed=i)} for i in range(2)]
     relative_errors(
-        parse(NETWORK), batches, ["b"], U8, segment_bytes=1, progress=lambda _, p: parts.append(p)
+        parse(NETWORK), batches, {"b": U8}, segment_bytes=1, progress=lambda _, p: parts.append(p)
     )
     assert parts == sorted(parts)
     assert parts[-1] == 1.0

@@ -1,0 +1,48 @@
+"""Where ONNX Runtime's own operators on codes (com.microsoft) give exact codes.
+
+They round half to even, as QuantizeLinear does, with float32 inside. A product of two codes is one
+of at most 2^16 pairs, and a function of one code one of 256 numbers, so all of them are tried.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnpu.compiler.quant_types import FloatArray
+from qnpu.compiler.quantized_results import CodedInput, CodedResult
+
+DOMAIN = "com.microsoft"
+_ULPS = (0, 1, -1, 2, -2)  # of the ratio, which is tried next to the nearest float32 as well
+_SIGMOID_ERROR = 2.0**-20  # real; ONNX Runtime's is within 2^-22
+
+
+def product_ratio(one: CodedInput, other: CodedInput, result: CodedResult) -> np.float32 | None:
+    """s_a·s_b/s_y as a float32 with which QLinearMul gives the codes of all pairs; None: no such.
+
+    QLinearMul: y = clamp(⌊(a - z_a)·(b - z_b)·ratio⌉ + z), where the product of the codes is exact,
+    and that with the ratio is rounded to float32.
+    """
+    products = np.outer(one.numbers, other.numbers).astype(np.float64)
+    exact = products * (one.scale * other.scale / float(result.scale))
+    wanted = [_codes(np.floor(exact + 0.5), result), _codes(np.rint(exact), result)]
+    nearest = np.float32(one.scale * other.scale / float(result.scale))
+    for ulps in _ULPS:
+        ratio = nearest + np.float32(ulps) * np.spacing(nearest)
+        found = _codes(np.rint(products.astype(np.float32) * ratio), result)
+        if all(((found == wanted[0]) | (found == wanted[1])).reshape(-1)):
+            return np.float32(ratio)
+    return None
+
+
+def is_exact_sigmoid(operand: CodedInput, result: CodedResult) -> bool:
+    """True where no sigmoid lies so close to halfway between two codes that QLinearSigmoid errs."""
+    exact: FloatArray = 1 / (1 + np.exp(-operand.numbers * operand.scale))
+    ends = [(exact + error) / float(result.scale) for error in (-_SIGMOID_ERROR, _SIGMOID_ERROR)]
+    return bool((_codes(np.rint(ends[0]), result) == _codes(np.rint(ends[1]), result)).all())
+
+
+def _codes(nearest: FloatArray, result: CodedResult) -> NDArray[np.float64]:
+    spec = result.encoding.spec
+    codes: NDArray[np.float64] = np.clip(nearest + result.zero_point, spec.q_min, spec.q_max)
+    return codes
