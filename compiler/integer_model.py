@@ -28,6 +28,7 @@ from qnpu.passes.lower_attention import LowerAttention
 from qnpu.passes.lower_io import LowerIo
 from qnpu.passes.lower_nonlinear import LowerNonlinear
 from qnpu.passes.lower_rotary import LowerRotary
+from qnpu.passes.raise_sums import RaiseSums
 from qnpu.passes.widen_sums import WidenSums
 from qnpu.runtime_check.session import Feeds
 
@@ -50,6 +51,7 @@ def integer_passes(cpu: Cpu) -> list[Pass]:
         FoldReshapes(),
         JoinHalves(),
         WidenSums(),
+        RaiseSums(),
     ]
 
 

@@ -128,7 +128,7 @@ def _integer_step(unit: Unit, integer: ir.Model) -> _Step:
 
     def step(codes: Feeds) -> Array:
         feeds = unit.feeds(codes)
-        made = run(session, [name_of(unit.result)], feeds)[0]
+        made = unit.codes(run(session, [name_of(unit.result)], feeds)[0])
         return made.astype(dtype.numpy(), copy=False)
 
     return step

@@ -13,6 +13,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import name_of
+from qnpu.compiler.marks import raised
 from qnpu.compiler.op_traits import is_float, layout_inputs
 from qnpu.compiler.operands import DEQUANTIZE, QUANTIZE
 from qnpu.runtime_check.session import Array
@@ -117,7 +118,7 @@ class Unit:
         return tuple(node for node in within if node in left_out)
 
     def feeds(self, codes: CodesByName) -> dict[str, Array]:
-        """What its integer nodes take, by name, in the types they take it in.
+        """What its integer nodes take, by name, in the types they take it in, raised as there.
 
         Args:
             codes: of the Q/DQ graph, by name.
@@ -125,9 +126,13 @@ class Unit:
         return {
             name_of(value): codes[name]
             if value.dtype is None
-            else codes[name].astype(value.dtype.numpy(), copy=False)
+            else _moved(codes[name].astype(value.dtype.numpy(), copy=False), raised(value))
             for value, name in self.takes.items()
         }
+
+    def codes(self, made: Array) -> Array:
+        """The codes that the integer graph has in its result, which may be above them."""
+        return _moved(made, -raised(self.result))
 
     @property
     def _conversions(self) -> list[ir.Node]:
@@ -173,6 +178,10 @@ def units(qdq: ir.Graph, integer: ir.Graph) -> list[Unit]:
             )
         )
     return found
+
+
+def _moved(array: Array, by: int) -> Array:
+    return array + array.dtype.type(by) if by else array
 
 
 def _pairs(qdq: ir.Graph, integer: ir.Graph) -> dict[ir.Value, ir.Value]:

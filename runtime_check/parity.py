@@ -293,7 +293,7 @@ def _compare(
             got |= zip(names, run(session, names, feeds), strict=True)
             for node in products:
                 sums.see(node, got)
-            made = got[name_of(unit.result)]
+            made = unit.codes(got[name_of(unit.result)])
             rounded.add_all(exact, made, grid)
             if unit.skipped:
                 exact = _run(executor, _unrounded(unit, executor, inputs), unit.exact) / grid.scale
