@@ -6,6 +6,8 @@ of at most 2^16 pairs, and a function of one code one of 256 numbers, so all of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,25 +22,38 @@ _SIGMOID_ERROR = 2.0**-20  # real; ONNX Runtime's is within 2^-22
 def product_ratio(one: CodedInput, other: CodedInput, result: CodedResult) -> np.float32 | None:
     """s_a·s_b/s_y as a float32 with which QLinearMul gives the codes of all pairs; None: no such.
 
-    QLinearMul: y = clamp(⌊(a - z_a)·(b - z_b)·ratio⌉ + z), where the product of the codes is exact,
-    and that with the ratio is rounded to float32.
+    QLinearMul: y = clamp(⌊(a - z_a)·(b - z_b)·ratio⌉ + z), where the product of the codes is exact.
+    Kernels add z before they round or after, with a rounding of its own or none (FMA): whatever one
+    does, the codes must be right.
     """
     products = np.outer(one.numbers, other.numbers).astype(np.float64)
-    exact = products * (one.scale * other.scale / float(result.scale))
+    exact = products * (one.scale * other.scale / result.scale)
     wanted = [_codes(np.floor(exact + 0.5), result), _codes(np.rint(exact), result)]
-    nearest = np.float32(one.scale * other.scale / float(result.scale))
+    nearest = np.float32(one.scale * other.scale / result.scale)
     for ulps in _ULPS:
-        ratio = nearest + np.float32(ulps) * np.spacing(nearest)
-        found = _codes(np.rint(products.astype(np.float32) * ratio), result)
-        if all(((found == wanted[0]) | (found == wanted[1])).reshape(-1)):
-            return np.float32(ratio)
+        ratio = np.float32(nearest + np.float32(ulps) * np.spacing(nearest))
+        ways = _ways_to_round(products, ratio, result.zero_point)
+        found = [_codes(nearest, result) for nearest in ways]
+        if all(((codes == wanted[0]) | (codes == wanted[1])).all() for codes in found):
+            return ratio
     return None
+
+
+def _ways_to_round(
+    products: FloatArray, ratio: np.float32, zero_point: int
+) -> Iterator[NDArray[np.float64]]:
+    """Products times a ratio, rounded to whole numbers as kernels do it, less the zero point."""
+    fused = products * np.float64(ratio)  # exact: 16 and 24 bits
+    scaled = fused.astype(np.float32)
+    yield np.rint(scaled).astype(np.float64)
+    yield np.rint(scaled + np.float32(zero_point)).astype(np.float64) - zero_point
+    yield np.rint((fused + zero_point).astype(np.float32)).astype(np.float64) - zero_point
 
 
 def is_exact_sigmoid(operand: CodedInput, result: CodedResult) -> bool:
     """True where no sigmoid lies so close to halfway between two codes that QLinearSigmoid errs."""
     exact: FloatArray = 1 / (1 + np.exp(-operand.numbers * operand.scale))
-    ends = [(exact + error) / float(result.scale) for error in (-_SIGMOID_ERROR, _SIGMOID_ERROR)]
+    ends = [(exact + error) / result.scale for error in (-_SIGMOID_ERROR, _SIGMOID_ERROR)]
     return bool((_codes(np.rint(ends[0]), result) == _codes(np.rint(ends[1]), result)).all())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -243,18 +243,20 @@ def _lookup_of_product(
     one, other = factors if len(factors) == 2 else (None, None)
     if one is None or other is None:
         return None
-    if one.codes is other.codes:
-        if not (one.looked_up or other.looked_up):
-            return None
+    of_one = one.codes is other.codes
+    if of_one and not (one.looked_up or other.looked_up):
+        return None
+    operands = [item for value in node.inputs if (item := coded_input(value)) is not None]
+    by_table = [item.codes.producer() for item in operands]
+    one_table = of_one and any(maker and maker.op_type == "IntLookup" for maker in by_table)
+    if not one_table and _has_bytes(editor, *operands, result):
+        ratio = product_ratio(operands[0], operands[1], result)
+        if ratio is not None:
+            scales = [float(ratio), 1.0, 1.0]
+            return _quantized(editor, "QLinearMul", node, operands, result, scales)
+    if of_one:
         table = result.rounded(one.real * other.real / result.scale)
         return editor.lookup(one.codes, table, result.codes, before=node)
-    first, second = (coded_input(value) for value in node.inputs)
-    if first and second and _has_bytes(editor, first, second, result):
-        ratio = product_ratio(first, second, result)
-        if ratio is not None:
-            return _quantized(
-                editor, "QLinearMul", node, [first, second], result, [float(ratio), 1, 1]
-            )
     shape = static_shape(one.codes)
     if shape is None or static_shape(other.codes) != shape or len(one.real) + len(other.real) > 512:
         return None
@@ -293,13 +295,13 @@ def _quantized(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Function:
-    """A factor as a function of codes: of itself, or of those that a table was looked up for.
+    """A factor as a function of codes: of itself, or of those that it was looked up for.
 
     Attributes:
         codes: the latter.
         numbers: all that they can be, in the order of a table.
         real: what the factor is for each of them.
-        looked_up: a table is behind it.
+        looked_up: a table or a QLinearSigmoid is behind it.
     """
 
     codes: ir.Value
@@ -313,13 +315,29 @@ class _Function:
         if factor is None or factor.constant:
             return None
         maker = factor.codes.producer()
-        table = constant_array(maker.inputs[1]) if maker and maker.op_type == "IntLookup" else None
+        table = _table_of(maker, factor) if maker is not None else None
         if maker is None or table is None or maker.inputs[0] is None:
             return cls(factor.codes, factor.table_order, factor.numbers * factor.scale, False)
         real = (table.astype(np.int64) - factor.zero_point) * factor.scale
         kind = maker.inputs[0].dtype
         codes = table_order(len(table), signed=kind is not None and kind.is_signed())
         return cls(maker.inputs[0], codes, real, True)
+
+
+def _table_of(maker: ir.Node, factor: CodedInput) -> NDArray[Any] | None:
+    """The codes of a factor for each code that its maker takes, where it is a function of that."""
+    if maker.op_type == "IntLookup":
+        return constant_array(maker.inputs[1])
+    if maker.op_type != "QLinearSigmoid":
+        return None
+    scale, zero_point = map(constant_array, maker.inputs[1:3])
+    if scale is None or zero_point is None:
+        return None
+    spec = factor.encoding.spec
+    numbers = table_order(1 << spec.bits, signed=spec.signed) - int(zero_point)
+    nearest = np.rint(1 / (1 + np.exp(-numbers * float(scale))) / factor.scale)
+    table: NDArray[Any] = np.clip(nearest + factor.zero_point, spec.q_min, spec.q_max)
+    return table
 
 
 def _is_scalar(value: ir.Value) -> bool:

@@ -496,6 +496,50 @@ def test_a_promoted_input_that_is_rotated_online() -> None:
         assert plan[name].bits == (16 if name in plan.promoted else 8)
 
 
+# two gated layers; the second one's activation function takes what b multiplies
+SILU_LAYERS = f"""
+    g (float[2, 2] x, float[2, 2] b) => (float[2, 2] y)
+    <{W}, {V}, float[2, 2] d = {{1, -2, 2, 1}}, float[2, 2] e = {{1, 3, 2, 1}}>
+    {{
+        g1 = MatMul(x, w) n1 = Sigmoid(g1) a1 = Mul(g1, n1) u1 = MatMul(x, v) p1 = Mul(a1, u1)
+        d1 = MatMul(p1, d) s1 = Add(x, d1)
+        h2 = MatMul(s1, w) g2 = Mul(h2, b) n2 = Sigmoid(g2) a2 = Mul(g2, n2)
+        u2 = MatMul(s1, v) p2 = Mul(a2, u2)
+        d2 = MatMul(p2, e) y = Add(s1, d2)
+    }}
+"""
+
+
+def test_activation_functions_may_be_narrow() -> None:
+    """In front of down projections, up to the product that those take."""
+    scheme = Scheme("w8a8", 8, 8, 8, gate_bits=8)
+    compilation = promoted(SILU_LAYERS, None, 0, scheme)
+    plan = specs(compilation)
+    assert {plan[name] for name in ("n1", "a1", "n2", "a2", "g2")} == {U8}
+    assert {plan[name] for name in ("p1", "p2", "s1", "y")} == {U16}
+    wide = specs(promoted(SILU_LAYERS, None, 0, Scheme("w8a8", 8, 8, 8)))
+    assert {wide[name] for name in ("n1", "a1", "n2", "a2")} == {U16}
+
+
+def test_an_activation_function_that_loses_most_stays_wide() -> None:
+    data = massive(1e3)
+    compilation = promoted(SILU_LAYERS, data, 0.5, Scheme("w8a8", 8, 8, 8, gate_bits=8))
+    plan = compilation.bit_plan
+    assert list(plan.sensitivities) == ["a1", "a2"]
+    assert plan.promoted == ("a2",)
+    assert [specs(compilation)[name] for name in ("n1", "a1", "n2", "a2")] == [U8, U8, U16, U16]
+
+
+def test_where_the_input_is_promoted_its_activation_function_is() -> None:
+    scheme = Scheme("w8a8", 8, 8, 8, down_bits=8, gate_bits=8)
+    compilation = promoted(SILU_LAYERS, massive(1e3), 0.5, scheme)
+    plan = compilation.bit_plan
+    assert list(plan.sensitivities) == ["p1", "p2", "a1", "a2"]
+    assert plan.promoted == ("p2", "a2")
+    assert [specs(compilation)[n] for n in ("a1", "p1_requantized", "a2")] == [U8, U8, U16]
+    assert "p2_requantized" not in specs(compilation)
+
+
 def test_a_graph_without_down_projections_says_so() -> None:
     data = ArraySamples({"x": normal(1, 2)})
     compilation = promoted(NORM_THEN_LINEARS, data, 0.5)

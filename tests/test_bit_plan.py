@@ -27,7 +27,7 @@ def test_schemes(name: str, weight: int, taken: int, made: int) -> None:
     assert (scheme.input_bits, scheme.output_bits) == (taken, made)
     assert (scheme.down_bits, scheme.head_input_bits) == (16, made)
     assert (scheme.other_bits, scheme.kv_bits, scheme.head_bits) == (16, 8, 8)
-    assert (scheme.query_bits, scheme.logits_bits) == (16, 16)
+    assert (scheme.gate_bits, scheme.query_bits, scheme.logits_bits) == (16, 16, 16)
     assert name in SCHEMES
 
 

@@ -102,6 +102,7 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
         ({"target": "nokia-3310"}, "QN502"),
         ({"range_method": "guess"}, "QN503"),
         ({"down_bits": 4}, "QN503"),
+        ({"gate_bits": 4}, "QN503"),
         ({"query_bits": 4}, "QN503"),
         ({"integer": True, "cpu": "6502"}, "QN503"),
         ({"cpu": "vnni"}, "QN503"),  # for no integer graph
