@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qnpu.compiler.diagnostics import Diagnostic
 from qnpu.compiler.graph_edit import constant_array, name_of
-from qnpu.compiler.op_traits import float_values, is_float
+from qnpu.compiler.op_traits import float_values, is_float, is_quantized_operator
 from qnpu.compiler.rules import (
     ControlFlow,
     DynamicDimension,
@@ -58,11 +58,14 @@ def _dimension_name(value: ir.Value, axis: int) -> str:
 
 
 def unknown_operators(model: ir.Model) -> list[Diagnostic]:
-    """QN106 for each node whose operator has neither an ONNX schema nor a function body."""
+    """QN106 for each node whose operator has neither an ONNX schema nor a function body.
+
+    ONNX Runtime's own QLinear operators are known, of which QLinear and integer graphs are made.
+    """
     faults: list[Diagnostic] = []
     for node in model.graph.all_nodes():
         version = model.graph.opset_imports.get(node.domain or "", 1)
-        if node.op_identifier() in model.functions:
+        if node.op_identifier() in model.functions or is_quantized_operator(node):
             continue
         version = min(max(version, 0), _LAST_VERSION)
         if not onnx.defs.has(node.op_type, version, node.domain or ""):

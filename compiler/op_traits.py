@@ -80,6 +80,11 @@ def is_parameter(node: ir.Node, index: int) -> bool:
     return is_standard(node) and index in _PARAMETER_INPUTS.get(node.op_type, ())
 
 
+def is_quantized_operator(node: ir.Node) -> bool:
+    """True for an operator of ONNX Runtime's own that takes and gives codes."""
+    return node.domain == "com.microsoft" and node.op_type.startswith("QLinear")
+
+
 def is_scale(value: ir.Value) -> bool:
     """True for a constant float that operators on codes take as a scale, and nothing else."""
     return (
