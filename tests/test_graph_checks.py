@@ -63,6 +63,9 @@ def test_unknown_operators(text: str) -> None:
         "{ y = ai.onnx.Relu(x) }",
         '<ir_version: 11, opset_import: ["" : 23, "ai.onnx.ml" : 3]>'
         "g (float[1] x) => (float[1] y) { y = ai.onnx.ml.Binarizer(x) }",
+        '<ir_version: 11, opset_import: ["" : 23, "com.microsoft" : 1]>'
+        "g (uint8[1] x, float s, uint8 z) => (uint8[1] y)"
+        "{ y = com.microsoft.QLinearSigmoid(x, s, z, s, z) }",
     ],
 )
 def test_known_operators(text: str) -> None:
