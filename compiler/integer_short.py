@@ -17,8 +17,8 @@ Of a sum of whole numbers a and a ratio of 1/D no product is needed::
 Scales are float32, so M is not quite 1/D. Where D is odd, (a + f)/D is 1/2D at least from halfway
 between two codes, and M gives the same codes as long as it is not farther off than that.
 
-Float32 does the same where products
-stay below 2^24: there it is exact as well (QLinearMatMul).
+Float32 does the same as m·2^-k where products stay below 2^24: there it is exact as well
+(QLinearMatMul).
 """
 
 from __future__ import annotations

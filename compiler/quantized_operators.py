@@ -52,9 +52,15 @@ def _ways_to_round(
 
 def is_exact_sigmoid(operand: CodedInput, result: CodedResult) -> bool:
     """True where no sigmoid lies so close to halfway between two codes that QLinearSigmoid errs."""
-    exact: FloatArray = 1 / (1 + np.exp(-operand.numbers * operand.scale))
+    exact = sigmoid(operand.numbers * operand.scale)
     ends = [(exact + error) / result.scale for error in (-_SIGMOID_ERROR, _SIGMOID_ERROR)]
     return bool((_codes(np.rint(ends[0]), result) == _codes(np.rint(ends[1]), result)).all())
+
+
+def sigmoid(numbers: FloatArray) -> FloatArray:
+    """1 / (1 + exp(-x)), of any numbers."""
+    found: FloatArray = np.exp(-np.logaddexp(0.0, -numbers))
+    return found
 
 
 def _codes(nearest: FloatArray, result: CodedResult) -> NDArray[np.float64]:

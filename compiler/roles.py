@@ -122,20 +122,22 @@ def is_down_projection(linear: Linear) -> bool:
 
 
 def gate_values(linear: Linear) -> Iterator[ir.Value]:
-    """What lies between other linears and what a down projection takes: SiLU's parts, a GELU.
+    """What lies between other linears and the product that a down projection takes: SiLU's parts.
 
     From the nearest on; not what it takes itself, which has bits of its own, nor sums of two.
     """
     node = computed_by(linear.activation)
     pending = [node] if node is not None else []
+    seen = set(pending)
     while pending:
         for value in pending.pop().inputs:
             maker = _behind_copies(value)
-            if maker is None or as_linear(maker) or normalized_inputs(maker):
+            if maker is None or maker in seen or as_linear(maker) or normalized_inputs(maker):
                 continue
             if is_dynamic_matmul(maker) or (maker.op_type == "Add" and activations(maker) > 1):
                 continue
             yield maker.outputs[0]
+            seen.add(maker)
             pending.append(maker)
 
 

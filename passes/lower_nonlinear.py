@@ -31,7 +31,7 @@ from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.operands import input_operand
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 from qnpu.compiler.quant_types import FloatArray
-from qnpu.compiler.quantized_operators import DOMAIN, is_exact_sigmoid, product_ratio
+from qnpu.compiler.quantized_operators import DOMAIN, is_exact_sigmoid, product_ratio, sigmoid
 from qnpu.compiler.quantized_results import (
     CodedInput,
     CodedResult,
@@ -335,7 +335,7 @@ def _table_of(maker: ir.Node, factor: CodedInput) -> NDArray[Any] | None:
         return None
     spec = factor.encoding.spec
     numbers = table_order(1 << spec.bits, signed=spec.signed) - int(zero_point)
-    nearest = np.rint(1 / (1 + np.exp(-numbers * float(scale))) / factor.scale)
+    nearest = np.rint(sigmoid(numbers * float(scale)) / factor.scale)
     table: NDArray[Any] = np.clip(nearest + factor.zero_point, spec.q_min, spec.q_max)
     return table
 

@@ -85,7 +85,7 @@ class SnapScales(Pass):
 
     Where y has 16 bits and x and W have 8, without a bias, a channel's scale is rather::
 
-        s_W[c] = s_y / (s_x · D_c)         D odd, or a power of two where s_y / s_x is one
+        s_W[c] = s_y / (s_x · D_c)         D odd, or a power of two where that is exact
         M_c = 1 / D_c
 
     so that sums are divided by D, and not multiplied first. That needs sums of 3 steps at least,
