@@ -521,6 +521,13 @@ def test_activation_functions_may_be_narrow() -> None:
     assert {wide[name] for name in ("n1", "a1", "n2", "a2")} == {U16}
 
 
+def test_the_residual_stream_is_no_gate() -> None:
+    """Even where an activation function takes it itself."""
+    text = SILU_LAYERS.replace("g2 = Mul(h2, b)", "g2 = Mul(s1, b)")
+    plan = specs(promoted(text, None, 0, Scheme("w8a8", 8, 8, 8, gate_bits=8)))
+    assert [plan[name] for name in ("s1", "g2", "a2")] == [U16, U8, U8]
+
+
 def test_an_activation_function_that_loses_most_stays_wide() -> None:
     data = massive(1e3)
     compilation = promoted(SILU_LAYERS, data, 0.5, Scheme("w8a8", 8, 8, 8, gate_bits=8))
@@ -530,14 +537,27 @@ def test_an_activation_function_that_loses_most_stays_wide() -> None:
     assert [specs(compilation)[name] for name in ("n1", "a1", "n2", "a2")] == [U8, U8, U16, U16]
 
 
-def test_where_the_input_is_promoted_its_activation_function_is() -> None:
+def test_where_the_input_is_promoted_its_activation_function_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs and functions are ranked apart."""
+    ratios = {"p1": 0.1, "p2": 0.9, "a1": 0.8, "a2": 0.2}
+    place = "qnpu.passes.assign_bit_widths.relative_errors"
+    monkeypatch.setattr(place, lambda *_, **__: dict(ratios))
     scheme = Scheme("w8a8", 8, 8, 8, down_bits=8, gate_bits=8)
     compilation = promoted(SILU_LAYERS, massive(1e3), 0.5, scheme)
-    plan = compilation.bit_plan
+    assert compilation.bit_plan.promoted == ("p2", "a1")
+    plan = specs(compilation)
+    assert [plan[name] for name in ("a1", "a2", "p1_requantized")] == [U16, U16, U8]
+    assert "p2_requantized" not in plan
+
+
+def test_nothing_is_promoted_twice() -> None:
+    """One massive number: the input it goes to, and the function that makes most of it."""
+    scheme = Scheme("w8a8", 8, 8, 8, down_bits=8, gate_bits=8)
+    plan = promoted(SILU_LAYERS, massive(1e3), 0.5, scheme).bit_plan
     assert list(plan.sensitivities) == ["p1", "p2", "a1", "a2"]
     assert plan.promoted == ("p2", "a2")
-    assert [specs(compilation)[n] for n in ("a1", "p1_requantized", "a2")] == [U8, U8, U16]
-    assert "p2_requantized" not in specs(compilation)
 
 
 def test_a_graph_without_down_projections_says_so() -> None:

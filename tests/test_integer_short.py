@@ -83,7 +83,7 @@ def test_one_shift_for_all_channels() -> None:
     st.sampled_from(SPECS),
     st.lists(st.integers(1, 999), min_size=1, max_size=3),
     st.integers(-(1 << 20), 1 << 20),
-    st.sampled_from([Fraction(0), Fraction(1, 1 << 25), Fraction(-1, 1 << 25)]),
+    st.sampled_from([Fraction(0), *(Fraction(s, 1 << b) for s in (1, -1) for b in (25, 17, 9))]),
     st.data(),
 )
 def test_quotients_are_exact_wherever_they_are_said_to_be(
@@ -103,7 +103,8 @@ def test_quotients_are_exact_wherever_they_are_said_to_be(
             int(np.broadcast_to(a, len(ratios))[channel]) for a in (point.step, point.start)
         )
         assert step == divisor
-        halves = [(2 * n + 1) * divisor // 2 - added for n in (-70000, -129, -2, -1, 0, 7, 255)]
+        ends = [end - zero + place for end in (spec.q_min, spec.q_max) for place in (-2, -1, 0, 1)]
+        halves = [(2 * n + 1) * divisor // 2 - added for n in (-70000, -2, -1, 0, 7, *ends)]
         near = [h + d for h in halves for d in (-1, 0, 1)]
         for a in (-reach, reach, -added, *(n for n in near if abs(n) <= reach)):
             lifted = a + start + (zero + point.lift) * step

@@ -18,6 +18,7 @@ from qnpu.compiler.integer_short import Term, short_point
 from qnpu.compiler.marks import RAISED, raised
 from qnpu.passes.raise_sums import RaiseSums
 from qnpu.passes.widen_sums import WidenSums
+from qnpu.runtime_check.parity import parity_certificate
 from tests.conftest import Array, apply, parse, run_model
 from tests.integer_nodes import U8, U16, codes, result
 from tests.lowered import lowered
@@ -145,6 +146,16 @@ def test_the_residual_stream_of_a_decoder() -> None:
     others = [node for node in sums(made.integer) if node not in whole]
     assert offsets(made.integer).count(0) == len(whole)
     assert not any(raised(node.outputs[0]) for node in others)
+
+
+def test_a_certificate_takes_it_off_again() -> None:
+    """Of what a unit takes, and of what it makes."""
+    made = lowered("llama", "w8a8", integer=True)
+    assert any(raised(node.outputs[0]) for node in sums(made.integer))
+    certificate = parity_certificate(made.qdq, made.integer, made.feeds[:1])
+    assert certificate.passed
+    equal = {item.kind: item.equal for item in certificate.summary()}
+    assert equal["add"] == 1
 
 
 def _step(node: ir.Node, model: ir.Model) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qnpu.compiler.integer_arguments import short_arguments, split_arguments
+from qnpu.compiler.integer_arguments import inside_arguments, short_arguments, split_arguments
 from qnpu.compiler.integer_edit import IntegerEditor
-from qnpu.compiler.integer_short import Term, short_point
+from qnpu.compiler.integer_short import Term, quotient_point, short_point
 from qnpu.compiler.quant_types import QuantSpec
 from qnpu.passes.widen_sums import WidenSums
 from tests.conftest import apply, parse, run_model
@@ -73,6 +73,33 @@ def test_codes_are_clipped_as_those_of_16_bits() -> None:
     a, b = (FEEDS[name].astype(np.int64) for name in "ab")
     np.testing.assert_array_equal(found, np.clip((a + 2 * b + 2) // 4 - 9000, 0, 65535))
     assert found.min() == 0
+
+
+def test_results_that_are_never_clipped() -> None:
+    """Made by IntRequantizeInside, which has no ends."""
+    model = parse("g (int32[3, 40] a, uint16[3, 40] b) => (uint8[3, 40] y) { y = Cast<to=2>(b) }")
+    editor, anchor = IntegerEditor(model), model.graph[0]
+    a, b = model.graph.inputs
+    made = quotient_point(Term([Fraction(1, 7)], [0], [70000]), [Fraction(0)], 9, U16)
+    assert made is not None
+    assert made.inside
+    like = ir.Value(name="inner", type=ir.TensorType(U16.dtype), shape=a.shape)
+    arguments = inside_arguments(made, 9, U16)
+    inner = editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
+    terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
+    point = short_point(terms, [Fraction(0)], 3, U8)
+    assert point is not None
+    like = ir.Value(name="outer", type=ir.TensorType(U8.dtype), shape=a.shape)
+    outer = editor.call(
+        "IntAddShort", [inner, b], short_arguments(point, 3, U8), like, before=anchor
+    )
+    editor.take_over(model.graph.outputs[0], outer)
+    feeds = {"a": np.linspace(0, 70000, 120).astype(np.int32).reshape(3, 40), "b": FEEDS["b"]}
+    before = run_model(model, feeds)[0]
+    assert apply(WidenSums(), model) == 1
+    assert inner.dtype is ir.DataType.INT32
+    np.testing.assert_array_equal(run_model(model, feeds)[0], before)
+    assert len(np.unique(before)) > 50
 
 
 @pytest.mark.parametrize(
