@@ -167,7 +167,7 @@ class CompileConfig:
                 _fail(option, f"{getattr(self, option)} is neither 8 nor 16")
         _check_share("promote", self.promote)
         if self.promote and self.down_bits == self.gate_bits == 16:
-            _fail("promote", "has no effect where down_bits is 16: every one has 16 bits")
+            _fail("promote", "has no effect where down_bits and gate_bits are 16: all have 16 bits")
         if self.plan and (self.promote or self.down_bits == 8):
             _fail("plan", "says itself which inputs get 16 bits: no promote, no down_bits")
         self._check_search()

@@ -6,8 +6,8 @@ is left has followed from inputs, initializers and operators alone.
 
 Scales of QLinearMatMul, QLinearMul and QLinearSigmoid are floats by definition. They may be, where
 they are initializers that nothing else takes: no float is computed of them outside of those
-operators. ONNX infers no types for operators of com.microsoft: what those two give has the type of
-its zero point, their last input, also by definition.
+operators. What these three give has the type of its zero point, their last input, also by
+definition: ONNX infers no types for operators of com.microsoft.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qnpu.compiler.graph_edit import name_of
-from qnpu.compiler.op_traits import is_scale
+from qnpu.compiler.op_traits import is_scale, scale_inputs
 
 Fault = tuple[str, str, str]
 """Reason, node name, value name."""
@@ -57,7 +57,6 @@ def _faults_of(value: ir.Value, node: str) -> Iterator[Fault]:
         yield f"holds floats, {value.dtype.name}", node, name_of(value)
 
 
-_LIKE_LAST_INPUT = frozenset({("com.microsoft", "QLinearMul"), ("com.microsoft", "QLinearSigmoid")})
 _NO_NUMBERS = (ir.DataType.BOOL, ir.DataType.STRING)
 
 
@@ -67,7 +66,7 @@ def _inlined(model: ir.Model) -> ir.Model:
     for graph in copy.graphs():
         for node in graph:
             node.metadata_props[_CALLER] = name_of(node)
-            given = node.inputs[-1] if (node.domain, node.op_type) in _LIKE_LAST_INPUT else None
+            given = node.inputs[-1] if scale_inputs(node) else None
             for value in node.outputs:
                 value.type, value.shape = None if given is None else given.type, None
     common.InlinePass()(copy)

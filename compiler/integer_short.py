@@ -110,11 +110,12 @@ def quotient_point(
     """
     count = max(len(added), len(sums.ratios), len(sums.low))
     reach = max(spec.q_max - zero_point, zero_point - spec.q_min)
-    divisors = [max(1, round_half_up(1 / _at(sums.ratios, c))) for c in range(count)]
-    for c, divisor in enumerate(divisors):
-        f = _at(added, c)
+    divisors: list[int] = []
+    for c in range(count):
+        ratio, f = _at(sums.ratios, c), _at(added, c)
         bound = max(abs(_at(sums.low, c) + f), abs(_at(sums.high, c) + f))
-        if f.denominator > 1 or not _is_quotient(_at(sums.ratios, c), divisor, bound, reach):
+        divisors.append(max(1, round_half_up(1 / ratio)))
+        if f.denominator > 1 or not _is_quotient(ratio, divisors[-1], bound, reach):
             return None
     starts = [int(_at(added, c)) + divisor // 2 for c, divisor in enumerate(divisors)]
     return _lifted([sums], [[1] * count], starts, divisors, zero_point, spec)

@@ -90,11 +90,13 @@ def is_scale(value: ir.Value) -> bool:
     return (
         value.is_initializer()
         and not value.is_graph_output()
-        and all(
-            index in _SCALE_INPUTS.get((node.domain.removeprefix("ai.onnx"), node.op_type), ())
-            for node, index in value.uses()
-        )
+        and all(index in scale_inputs(node) for node, index in value.uses())
     )
+
+
+def scale_inputs(node: ir.Node) -> tuple[int, ...]:
+    """Which inputs of an operator on codes are scales; of any other none."""
+    return _SCALE_INPUTS.get(("" if is_standard(node) else node.domain, node.op_type), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def _number(node: ir.Node, name: str, model: ir.Model) -> int:
     array = constant_array(named_inputs(node, model)[name])
     if array is None or array.size != 1:
         raise ValueError(f"{node.name} has no number `{name}`")
-    return int(array.reshape(())[()])
+    return int(array.item())
 
 
 def _set(node: ir.Node, model: ir.Model, editor: IntegerEditor, **numbers: int) -> None:
