@@ -44,7 +44,9 @@ from qnpu.compiler.quantized_results import (
 )
 
 _BLOCK = 2**21  # results that are made at once; larger ones would go through main memory
-_PART = 2**20  # of those, what elementwise operators get at a time: it stays in the caches
+_PART = 2**18  # of those, what elementwise operators get at a time: it stays in the caches
+_TALL = 256  # rows from which a product is cut so that threads share it by rows
+_WIDEST = 4  # channels for each row, from which the cuts would cost more than they save
 
 
 def fold_matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Value | None:
@@ -219,14 +221,12 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         return None
     operand = weight.operand(editor, node)
     linear = _Linear(one, weight, result.encoding)
-    if linear.exact_in_float(one.codes.dtype, result.codes.dtype):
-        return _quantized_product(editor, node, linear, operand, result)
-    parts = [_Bytes(part.codes, 0) for part in _bytes(editor, one, node)]
+    in_float = linear.exact_in_float(one.codes.dtype, result.codes.dtype)
+    form = _quantized_product if in_float else _channels
     shape = static_shape(node.outputs[0])
-    if shape is None or prod(shape) <= _BLOCK:
-        return _channels(editor, node, linear, operand, parts, result)
-    count = min(-(-prod(shape) // _PART), shape[-1])
-    edges = np.linspace(0, weight.codes.shape[1], count + 1).astype(int).tolist()
+    edges = _edges(shape) if shape is not None else []
+    if len(edges) <= 2 or shape is None:
+        return form(editor, node, linear, operand, result)
     made = []
     for start, end in itertools.pairwise(edges):
         like = ir.Value(
@@ -236,8 +236,29 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         )
         columns = editor.part(operand, -1, start, end, before=node)
         piece, some = replace(result, codes=like), replace(linear, weight=weight.part(start, end))
-        made.append(_channels(editor, node, some, columns, parts, piece))
+        made.append(form(editor, node, some, columns, piece))
     return editor.joined(made, result.codes, axis=-1, before=node)
+
+
+def _edges(shape: Sequence[int]) -> list[int]:
+    """Where the channels of a linear's result are cut; the first is 0, the last their number.
+
+    ONNX Runtime's threads share a product by rows where it has at least as many rows as channels,
+    else by channels. By channels, each thread writes between what the others write, and all that
+    comes next, which is shared by rows, reads what others wrote: dear where the threads' cores
+    have no cache in common.
+
+    Args:
+        shape: of the result, (..., channels).
+    """
+    rows, channels = prod(shape[:-1]), shape[-1]
+    count = 1
+    if rows * channels > _BLOCK:
+        count = -(-rows * channels // _PART)
+    elif rows >= _TALL and channels <= _WIDEST * rows:
+        count = -(-channels // rows)
+    edges: list[int] = np.linspace(0, channels, min(count, channels) + 1).astype(int).tolist()
+    return edges
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -338,10 +359,10 @@ def _channels(
     node: ir.Node,
     linear: _Linear,
     operand: ir.Value,
-    parts: list[_Bytes],
     result: CodedResult,
 ) -> ir.Value:
     """All channels of a linear, or some: sums, then codes."""
+    parts = [_Bytes(part.codes, 0) for part in _bytes(editor, linear.one, node)]
     pieces = linear.pieces
     second = _Bytes(operand, 0, linear.weight.reach)
     products = [_product(editor, node, part, second, result, pieces) for part in parts]

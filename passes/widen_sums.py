@@ -25,7 +25,8 @@ class WidenSums(Pass):
 
         qnpu.IntRequantizeShort<to = UINT16> → qnpu.IntAddShort    <to = INT32>, the same numbers
 
-    The residual stream is such a chain: at each Add three casts less.
+    The residual stream is such a chain: at each Add three casts less. Linears made in parts of
+    their channels are joined as int32 in it.
 
     Must not fire on outputs of the graph, on signed codes (what lifts their sums above 0 vanishes
     only in a cast to 16 bits), or on what anything else reads.
@@ -38,11 +39,29 @@ class WidenSums(Pass):
     def run(self, compilation: Compilation) -> int:
         model, count = compilation.model, 0
         for node in model.graph:
-            if _makes_unsigned(node, model) and _read_by_sums(node.outputs[0]):
-                node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.INT32))
-                node.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+            parts = _parts(node)
+            if not (parts and _read_by_sums(node.outputs[0])):
+                continue
+            if all(_makes_unsigned(part, model) for part in parts):
+                for part in parts:
+                    part.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.INT32))
+                for value in (*(part.outputs[0] for part in parts), node.outputs[0]):
+                    value.type = ir.TensorType(ir.DataType.INT32)
                 count += 1
         return count
+
+
+def _parts(node: ir.Node) -> list[ir.Node]:
+    """What makes a value: the node itself, or those whose results it joins and nothing else reads.
+
+    Empty where the parts are not known, or are read elsewhere.
+    """
+    if node.op_type != "Concat" or node.domain:
+        return [node]
+    made = [value.producer() for value in node.inputs if value is not None]
+    parts = [part for part in made if part is not None and len(part.outputs[0].uses()) == 1]
+    alone = not any(value.is_graph_output() for value in node.inputs if value is not None)
+    return parts if alone and len(parts) == len(node.inputs) else []
 
 
 def _makes_unsigned(node: ir.Node, model: ir.Model) -> bool:
