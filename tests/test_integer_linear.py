@@ -132,6 +132,33 @@ def extremes(kind: str, numbers: Array) -> Array:
     return found
 
 
+@pytest.mark.parametrize(
+    ("count", "tall", "parts"),
+    [(64, 64, 1), (65, 64, 2), (150, 64, 3), (256, 64, 4), (257, 64, 1), (150, 65, 1)],
+)
+@pytest.mark.parametrize(
+    ("given", "maker"), [("uint8", "QLinearMatMul"), ("uint16", "MatMulInteger")]
+)
+def test_products_with_more_channels_than_rows_are_made_in_parts(
+    monkeypatch: pytest.MonkeyPatch, count: int, tall: int, parts: int, given: str, maker: str
+) -> None:
+    """Of 64 rows: parts of 64 channels at most, of no more than 256, from ``tall`` rows."""
+    scales = [2.0 ** -(3 + channel % 4) for channel in range(count)]
+    model, numbers = on_grid("uint8", given, "int8", scales, 1.0)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._TALL", tall)
+    a = extremes("uint8", numbers)
+    found = folded(model, a=a)
+    made = [node.outputs[0] for node in model.graph if node.op_type == maker]
+    assert len(made) == parts
+    assert all(value.shape is not None and value.shape[-1] <= 64 for value in made) or parts == 1
+    assert (operators(model)[-1] == "Concat") == (parts > 1)
+    sums = whole(a, 100) @ numbers.astype(object)
+    for channel, step in enumerate(scales):
+        exact = sums[:, channel], Fraction(step), 90
+        made_of = to_even(*exact, given) if given == "uint8" else rounded(*exact, KINDS[given])
+        np.testing.assert_array_equal(found[:, channel], made_of)
+
+
 def to_even(sums: Array, ratio: Fraction, zero: int, kind: str) -> Array:
     exact = [round(int(n) * ratio) + zero for n in sums]
     return np.clip(np.array(exact, np.int64), KINDS[kind].q_min, KINDS[kind].q_max)

@@ -111,6 +111,60 @@ def test_must_not_fire(spec: QuantSpec, reader: str) -> None:
     assert model.graph[0].outputs[0].dtype is spec.dtype
 
 
+def in_parts(*, reader: str = "") -> ir.Model:
+    """Codes made in two parts of their channels, joined, and added to others."""
+    model = parse("""
+        g (int32[3, 40] a, uint16[3, 80] b) => (uint8[3, 80] y) { y = Cast<to=2>(b) }
+    """)
+    editor, anchor = IntegerEditor(model), model.graph[0]
+    a, b = model.graph.inputs
+    made = []
+    for part, factor in enumerate((7, 9)):
+        point = short_point([Term([Fraction(1, factor)], [0], [70000])], [Fraction(0)], 9, U16)
+        assert point is not None
+        like = ir.Value(name=f"part_{part}", type=ir.TensorType(U16.dtype), shape=a.shape)
+        arguments = short_arguments(point, 9, U16)
+        part_codes = editor.call("IntRequantizeShort", [a], arguments, like, before=anchor)
+        made.append(part_codes)
+    joined = editor.joined(made, b, axis=-1, before=anchor)
+    terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
+    point = short_point(terms, [Fraction(0)], 3, U8)
+    assert point is not None
+    like = ir.Value(name="sum", type=ir.TensorType(U8.dtype), shape=b.shape)
+    arguments = short_arguments(point, 3, U8)
+    total = editor.call("IntAddShort", [joined, b], arguments, like, before=anchor)
+    if reader == "part":
+        model.graph.outputs.append(made[1])
+    elif reader == "second":
+        editor.split(made[0], split_arguments(), before=anchor)
+    elif reader == "join":
+        editor.split(joined, split_arguments(), before=anchor)
+    editor.take_over(model.graph.outputs[0], total)
+    return model
+
+
+PARTS = {"a": np.linspace(0, 70000, 120).astype(np.int32).reshape(3, 40), "b": codes(U16, 3, 80)}
+
+
+def test_parts_that_are_joined() -> None:
+    model = in_parts()
+    before = run_model(model, PARTS)[0]
+    assert apply(WidenSums(), model) == 1
+    assert apply(WidenSums(), model) == 0
+    made = [v for node in model.graph for v in node.outputs if node.op_type != "IntAddShort"]
+    assert [value.dtype for value in made] == [ir.DataType.INT32] * 3
+    np.testing.assert_array_equal(run_model(model, PARTS)[0], before)
+    assert len(np.unique(before)) > 50
+
+
+@pytest.mark.parametrize("reader", ["part", "second", "join"])
+def test_must_not_fire_on_parts_that_others_read(reader: str) -> None:
+    model = in_parts(reader=reader)
+    assert apply(WidenSums(), model) == 0
+    made = [value for node in model.graph for value in node.outputs]
+    assert all(value.dtype is not ir.DataType.INT32 for value in made)
+
+
 def test_the_residual_stream_of_a_decoder() -> None:
     """All sums, and what linears add to them; neither is multiplied there, nor divided."""
     made = lowered("llama", "w8a8", integer=True)
