@@ -46,7 +46,8 @@ from qnpu.compiler.quantized_results import (
 _BLOCK = 2**21  # results that are made at once; larger ones would go through main memory
 _PART = 2**18  # of those, what elementwise operators get at a time: it stays in the caches
 _TALL = 256  # rows from which a product is cut so that threads share it by rows
-_WIDEST = 4  # channels for each row, from which the cuts would cost more than they save
+_WIDEST = 4  # channels for each row, beyond which the cuts would cost more than they save
+_DEEP = 2  # features for each row, from which int32 is joined for the sake of the product
 
 
 def fold_matmul(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Value | None:
@@ -221,10 +222,10 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
         return None
     operand = weight.operand(editor, node)
     linear = _Linear(one, weight, result.encoding)
-    in_float = linear.exact_in_float(one.codes.dtype, result.codes.dtype)
-    form = _quantized_product if in_float else _channels
+    at_once = linear.exact_in_float(one.codes.dtype, result.codes.dtype)
+    form = _quantized_product if at_once else _channels
     shape = static_shape(node.outputs[0])
-    edges = _edges(shape) if shape is not None else []
+    edges = _edges(shape, len(weight.codes), at_once=at_once) if shape is not None else []
     if len(edges) <= 2 or shape is None:
         return form(editor, node, linear, operand, result)
     made = []
@@ -240,7 +241,7 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     return editor.joined(made, result.codes, axis=-1, before=node)
 
 
-def _edges(shape: Sequence[int]) -> list[int]:
+def _edges(shape: Sequence[int], features: int, *, at_once: bool) -> list[int]:
     """Where the channels of a linear's result are cut; the first is 0, the last their number.
 
     ONNX Runtime's threads share a product by rows where it has at least as many rows as channels,
@@ -250,12 +251,15 @@ def _edges(shape: Sequence[int]) -> list[int]:
 
     Args:
         shape: of the result, (..., channels).
+        features: of x.
+        at_once: the product gives codes, so that bytes are joined. Joining int32 takes so long
+            that products of few features are left whole.
     """
     rows, channels = prod(shape[:-1]), shape[-1]
     count = 1
     if rows * channels > _BLOCK:
         count = -(-rows * channels // _PART)
-    elif rows >= _TALL and channels <= _WIDEST * rows:
+    elif rows >= _TALL and channels <= _WIDEST * rows and (at_once or features >= _DEEP * rows):
         count = -(-channels // rows)
     edges: list[int] = np.linspace(0, channels, min(count, channels) + 1).astype(int).tolist()
     return edges

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qnpu.compiler.diagnostics import DiagnosticError
+from qnpu.compiler.graph_edit import last_dimension
 from qnpu.compiler.integer_cpu import Cpu
 from qnpu.compiler.integer_math import round_half_up
 from qnpu.compiler.integer_only import float_faults
@@ -132,31 +133,47 @@ def extremes(kind: str, numbers: Array) -> Array:
     return found
 
 
-@pytest.mark.parametrize(
-    ("count", "tall", "parts"),
-    [(64, 64, 1), (65, 64, 2), (150, 64, 3), (256, 64, 4), (257, 64, 1), (150, 65, 1)],
-)
-@pytest.mark.parametrize(
-    ("given", "maker"), [("uint8", "QLinearMatMul"), ("uint16", "MatMulInteger")]
-)
+WIDE = [(64, 64, 1), (65, 64, 2), (150, 64, 3), (256, 64, 4), (257, 64, 1), (150, 65, 1)]
+
+
+@pytest.mark.parametrize(("count", "tall", "parts"), WIDE)
+@pytest.mark.parametrize("given", ["uint8", "uint16"])
 def test_products_with_more_channels_than_rows_are_made_in_parts(
-    monkeypatch: pytest.MonkeyPatch, count: int, tall: int, parts: int, given: str, maker: str
+    monkeypatch: pytest.MonkeyPatch, count: int, tall: int, parts: int, given: str
 ) -> None:
-    """Of 64 rows: parts of 64 channels at most, of no more than 256, from ``tall`` rows."""
+    """Of 64 rows: parts of 64 channels at most, of no more than 256, from ``tall`` rows.
+
+    A QLinearMatMul gives the bytes. Codes of 16 bits take a MatMulInteger, here of half as many
+    features as rows.
+    """
     scales = [2.0 ** -(3 + channel % 4) for channel in range(count)]
     model, numbers = on_grid("uint8", given, "int8", scales, 1.0)
     monkeypatch.setattr("qnpu.compiler.integer_linear._TALL", tall)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._DEEP", 0.5)
     a = extremes("uint8", numbers)
     found = folded(model, a=a)
-    made = [node.outputs[0] for node in model.graph if node.op_type == maker]
-    assert len(made) == parts
-    assert all(value.shape is not None and value.shape[-1] <= 64 for value in made) or parts == 1
+    maker = {"uint8": "QLinearMatMul", "uint16": "MatMulInteger"}[given]
+    widths = [last_dimension(n.outputs[0]) for n in model.graph if n.op_type == maker]
+    assert len(widths) == parts
+    assert parts == 1 or all(width is not None and width <= 64 for width in widths)
     assert (operators(model)[-1] == "Concat") == (parts > 1)
     sums = whole(a, 100) @ numbers.astype(object)
     for channel, step in enumerate(scales):
         exact = sums[:, channel], Fraction(step), 90
-        made_of = to_even(*exact, given) if given == "uint8" else rounded(*exact, KINDS[given])
-        np.testing.assert_array_equal(found[:, channel], made_of)
+        expected = to_even(*exact, given) if given == "uint8" else rounded(*exact, KINDS[given])
+        np.testing.assert_array_equal(found[:, channel], expected)
+
+
+@pytest.mark.parametrize(("given", "parts"), [("uint8", 3), ("uint16", 1)])
+def test_sums_of_few_features_are_left_whole(
+    monkeypatch: pytest.MonkeyPatch, given: str, parts: int
+) -> None:
+    """32 features for 64 rows: what is joined would be int32, but for bytes of a QLinearMatMul."""
+    model, numbers = on_grid("uint8", given, "int8", [0.125] * 150, 1.0)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._TALL", 64)
+    folded(model, a=extremes("uint8", numbers))
+    made = operators(model)
+    assert made.count("QLinearMatMul") + made.count("MatMulInteger") == parts
 
 
 def to_even(sums: Array, ratio: Fraction, zero: int, kind: str) -> Array:

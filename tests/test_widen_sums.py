@@ -120,11 +120,12 @@ def in_parts(*, reader: str = "") -> ir.Model:
     a, b = model.graph.inputs
     made = []
     for part, factor in enumerate((7, 9)):
-        point = short_point([Term([Fraction(1, factor)], [0], [70000])], [Fraction(0)], 9, U16)
-        assert point is not None
+        made_of = Term([Fraction(1, factor)], [0], [70000])
+        quotient = quotient_point(made_of, [Fraction(0)], 9, U16)
+        assert quotient is not None
         like = ir.Value(name=f"part_{part}", type=ir.TensorType(U16.dtype), shape=a.shape)
-        arguments = short_arguments(point, 9, U16)
-        part_codes = editor.call("IntRequantizeShort", [a], arguments, like, before=anchor)
+        arguments = inside_arguments(quotient, 9, U16)
+        part_codes = editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
         made.append(part_codes)
     joined = editor.joined(made, b, axis=-1, before=anchor)
     terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
