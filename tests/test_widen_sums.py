@@ -127,6 +127,8 @@ def in_parts(*, reader: str = "") -> ir.Model:
         arguments = inside_arguments(quotient, 9, U16)
         part_codes = editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
         made.append(part_codes)
+    if reader == "none of one part":
+        made[1] = editor.part(b, -1, 0, 40, before=anchor)
     joined = editor.joined(made, b, axis=-1, before=anchor)
     terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
     point = short_point(terms, [Fraction(0)], 3, U8)
@@ -158,8 +160,8 @@ def test_parts_that_are_joined() -> None:
     assert len(np.unique(before)) > 50
 
 
-@pytest.mark.parametrize("reader", ["part", "second", "join"])
-def test_must_not_fire_on_parts_that_others_read(reader: str) -> None:
+@pytest.mark.parametrize("reader", ["part", "second", "join", "none of one part"])
+def test_must_not_fire_on_parts_that_others_make_or_read(reader: str) -> None:
     model = in_parts(reader=reader)
     assert apply(WidenSums(), model) == 0
     made = [value for node in model.graph for value in node.outputs]
