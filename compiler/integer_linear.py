@@ -225,9 +225,10 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     at_once = linear.exact_in_float(one.codes.dtype, result.codes.dtype)
     form = _quantized_product if at_once else _channels
     shape = static_shape(node.outputs[0])
-    edges = _edges(shape, len(weight.codes), at_once=at_once) if shape is not None else []
-    if len(edges) <= 2 or shape is None:
+    count = 1 if shape is None else _part_count(shape, len(weight.codes), at_once=at_once)
+    if shape is None or count == 1:
         return form(editor, node, linear, operand, result)
+    edges = np.linspace(0, shape[-1], count + 1).astype(int).tolist()
     made = []
     for start, end in itertools.pairwise(edges):
         like = ir.Value(
@@ -241,8 +242,8 @@ def _linear(editor: IntegerEditor, node: ir.Node, result: CodedResult) -> ir.Val
     return editor.joined(made, result.codes, axis=-1, before=node)
 
 
-def _edges(shape: Sequence[int], features: int, *, at_once: bool) -> list[int]:
-    """Where the channels of a linear's result are cut; the first is 0, the last their number.
+def _part_count(shape: Sequence[int], features: int, *, at_once: bool) -> int:
+    """Into how many parts of its channels a linear's result is cut.
 
     ONNX Runtime's threads share a product by rows where it has at least as many rows as channels,
     else by channels. By channels, each thread writes between what the others write, and all that
@@ -252,17 +253,15 @@ def _edges(shape: Sequence[int], features: int, *, at_once: bool) -> list[int]:
     Args:
         shape: of the result, (..., channels).
         features: of x.
-        at_once: the product gives codes, so that bytes are joined. Joining int32 takes so long
-            that products of few features are left whole.
+        at_once: the product gives codes: nothing larger goes through memory, and bytes are joined.
+            Joining int32 takes so long that products of few features are left whole.
     """
     rows, channels = prod(shape[:-1]), shape[-1]
-    count = 1
-    if rows * channels > _BLOCK:
-        count = -(-rows * channels // _PART)
-    elif rows >= _TALL and channels <= _WIDEST * rows and (at_once or features >= _DEEP * rows):
-        count = -(-channels // rows)
-    edges: list[int] = np.linspace(0, channels, min(count, channels) + 1).astype(int).tolist()
-    return edges
+    if not at_once and rows * channels > _BLOCK:
+        return min(-(-rows * channels // _PART), channels)
+    if rows >= _TALL and channels <= _WIDEST * rows and (at_once or features >= _DEEP * rows):
+        return -(-channels // rows)
+    return 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qnpu.compiler.graph_edit import constant_array
 from qnpu.compiler.integer_functions import DOMAIN, named_inputs
+from qnpu.compiler.op_traits import is_standard
 from qnpu.compiler.pass_base import Compilation, Pass, Stage
 
 _MAKERS = frozenset(
@@ -56,12 +57,11 @@ def _parts(node: ir.Node) -> list[ir.Node]:
 
     Empty where the parts are not known, or are read elsewhere.
     """
-    if node.op_type != "Concat" or node.domain:
+    if not is_standard(node) or node.op_type != "Concat":
         return [node]
-    made = [value.producer() for value in node.inputs if value is not None]
-    parts = [part for part in made if part is not None and len(part.outputs[0].uses()) == 1]
-    alone = not any(value.is_graph_output() for value in node.inputs if value is not None)
-    return parts if alone and len(parts) == len(node.inputs) else []
+    alone = [v for v in node.inputs if v and len(v.uses()) == 1 and not v.is_graph_output()]
+    parts = [part for value in alone if (part := value.producer()) is not None]
+    return parts if len(parts) == len(node.inputs) else []
 
 
 def _makes_unsigned(node: ir.Node, model: ir.Model) -> bool:

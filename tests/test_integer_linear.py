@@ -164,6 +164,19 @@ def test_products_with_more_channels_than_rows_are_made_in_parts(
         np.testing.assert_array_equal(found[:, channel], expected)
 
 
+@pytest.mark.parametrize(("given", "parts"), [("uint8", 1), ("uint16", 4)])
+def test_bytes_made_at_once_may_be_large(
+    monkeypatch: pytest.MonkeyPatch, given: str, parts: int
+) -> None:
+    """64 rows of 20 channels, 1,280 results: of int32 no more than 400 at once."""
+    model, numbers = on_grid("uint8", given, "int8", [0.125] * 20, 1.0)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._BLOCK", 1279)
+    monkeypatch.setattr("qnpu.compiler.integer_linear._PART", 400)
+    folded(model, a=extremes("uint8", numbers))
+    made = operators(model)
+    assert made.count("QLinearMatMul") + made.count("MatMulInteger") == parts
+
+
 @pytest.mark.parametrize(("given", "parts"), [("uint8", 3), ("uint16", 1)])
 def test_sums_of_few_features_are_left_whole(
     monkeypatch: pytest.MonkeyPatch, given: str, parts: int

@@ -18,6 +18,7 @@ from tests.integer_nodes import S16, U8, U16, codes
 from tests.lowered import lowered
 
 FEEDS = {"a": codes(U16, 3, 40), "b": codes(U16, 3, 40, seed=1)}
+PARTS = {"a": np.linspace(0, 70000, 120).astype(np.int32).reshape(3, 40), "b": codes(U16, 3, 80)}
 
 
 def chain(spec: QuantSpec, *, reader: str = "") -> ir.Model:
@@ -75,26 +76,32 @@ def test_codes_are_clipped_as_those_of_16_bits() -> None:
     assert found.min() == 0
 
 
-def test_results_that_are_never_clipped() -> None:
-    """Made by IntRequantizeInside, which has no ends."""
-    model = parse("g (int32[3, 40] a, uint16[3, 40] b) => (uint8[3, 40] y) { y = Cast<to=2>(b) }")
-    editor, anchor = IntegerEditor(model), model.graph[0]
-    a, b = model.graph.inputs
-    made = quotient_point(Term([Fraction(1, 7)], [0], [70000]), [Fraction(0)], 9, U16)
+def inside(editor: IntegerEditor, a: ir.Value, divisor: int, anchor: ir.Node) -> ir.Value:
+    """16-bit codes a / divisor + 9, made by IntRequantizeInside, which has no ends."""
+    made = quotient_point(Term([Fraction(1, divisor)], [0], [70000]), [Fraction(0)], 9, U16)
     assert made is not None
     assert made.inside
-    like = ir.Value(name="inner", type=ir.TensorType(U16.dtype), shape=a.shape)
+    like = ir.Value(name=f"part_{divisor}", type=ir.TensorType(U16.dtype), shape=a.shape)
     arguments = inside_arguments(made, 9, U16)
-    inner = editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
+    return editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
+
+
+def outer(editor: IntegerEditor, one: ir.Value, b: ir.Value, anchor: ir.Node) -> ir.Value:
+    """8-bit codes of one / 64 + b / 512."""
     terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
     point = short_point(terms, [Fraction(0)], 3, U8)
     assert point is not None
-    like = ir.Value(name="outer", type=ir.TensorType(U8.dtype), shape=a.shape)
-    outer = editor.call(
-        "IntAddShort", [inner, b], short_arguments(point, 3, U8), like, before=anchor
-    )
-    editor.take_over(model.graph.outputs[0], outer)
-    feeds = {"a": np.linspace(0, 70000, 120).astype(np.int32).reshape(3, 40), "b": FEEDS["b"]}
+    like = ir.Value(name="outer", type=ir.TensorType(U8.dtype), shape=b.shape)
+    return editor.call("IntAddShort", [one, b], short_arguments(point, 3, U8), like, before=anchor)
+
+
+def test_results_that_are_never_clipped() -> None:
+    model = parse("g (int32[3, 40] a, uint16[3, 40] b) => (uint8[3, 40] y) { y = Cast<to=2>(b) }")
+    editor, anchor = IntegerEditor(model), model.graph[0]
+    a, b = model.graph.inputs
+    inner = inside(editor, a, 7, anchor)
+    editor.take_over(model.graph.outputs[0], outer(editor, inner, b, anchor))
+    feeds = {"a": PARTS["a"], "b": FEEDS["b"]}
     before = run_model(model, feeds)[0]
     assert apply(WidenSums(), model) == 1
     assert inner.dtype is ir.DataType.INT32
@@ -118,24 +125,11 @@ def in_parts(*, reader: str = "") -> ir.Model:
     """)
     editor, anchor = IntegerEditor(model), model.graph[0]
     a, b = model.graph.inputs
-    made = []
-    for part, factor in enumerate((7, 9)):
-        made_of = Term([Fraction(1, factor)], [0], [70000])
-        quotient = quotient_point(made_of, [Fraction(0)], 9, U16)
-        assert quotient is not None
-        like = ir.Value(name=f"part_{part}", type=ir.TensorType(U16.dtype), shape=a.shape)
-        arguments = inside_arguments(quotient, 9, U16)
-        part_codes = editor.call("IntRequantizeInside", [a], arguments, like, before=anchor)
-        made.append(part_codes)
+    made = [inside(editor, a, divisor, anchor) for divisor in (7, 9)]
     if reader == "none of one part":
         made[1] = editor.part(b, -1, 0, 40, before=anchor)
     joined = editor.joined(made, b, axis=-1, before=anchor)
-    terms = [Term([Fraction(1, 64)], [0], [65535]), Term([Fraction(1, 512)], [0], [65535])]
-    point = short_point(terms, [Fraction(0)], 3, U8)
-    assert point is not None
-    like = ir.Value(name="sum", type=ir.TensorType(U8.dtype), shape=b.shape)
-    arguments = short_arguments(point, 3, U8)
-    total = editor.call("IntAddShort", [joined, b], arguments, like, before=anchor)
+    total = outer(editor, joined, b, anchor)
     if reader == "part":
         model.graph.outputs.append(made[1])
     elif reader == "second":
@@ -144,9 +138,6 @@ def in_parts(*, reader: str = "") -> ir.Model:
         editor.split(joined, split_arguments(), before=anchor)
     editor.take_over(model.graph.outputs[0], total)
     return model
-
-
-PARTS = {"a": np.linspace(0, 70000, 120).astype(np.int32).reshape(3, 40), "b": codes(U16, 3, 80)}
 
 
 def test_parts_that_are_joined() -> None:
